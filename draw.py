@@ -1,0 +1,190 @@
+"""The pictures, without pyplot: a run's curve, the arms of an ablation, the rollout tree."""
+import io
+import json
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager, ft2font, patches, ticker
+from matplotlib.figure import Figure
+
+from react_env import parse_action, split_completion
+from tree import nodes, path
+
+COLOURS = BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY, BROWN = (  # Okabe and Ito, and two
+    "black", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "gray", "sienna")
+STYLES = "-o", "--s", "-.D", ":^", "-v", "--P", "-.X", ":*", "-p"
+T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student, 97.5 %, df 1 to 9
+
+
+class Picture(Figure):
+    """A Figure that a notebook shows although pyplot does not know it."""
+    def _repr_png_(self):
+        self.savefig(stream := io.BytesIO(), format="png", dpi=100)
+        return stream.getvalue()
+
+    def write(self, file):
+        """Save in the format of the file's suffix, whole or not at all; -> Path."""
+        self.savefig(aside := Path(f"{file}.part"), format=Path(file).suffix[1:], dpi=150)
+        return aside.replace(file)
+
+
+def draw_curve(folder):
+    """Write curve.png of a run folder, from metrics.jsonl and evals.jsonl; -> its Path."""
+    steps, evals = ([json.loads(line) for line in file.open()] if file.exists() else []
+                    for file in (Path(folder, "metrics.jsonl"), Path(folder, "evals.jsonl")))
+    figure = Picture(figsize=(6.4, 7.5), layout="constrained")
+    figure.suptitle(Path(folder).resolve().name, parse_math=False)
+    top, low = figure.subplots(2, 1, sharex=True, subplot_kw={"ylim": (-0.03, 1.03)})
+    for axes, rows, name, style, colour, label in (
+            (top, steps, "reward_mean", ".-", SKY, "training: mean reward of bare rollouts"),
+            (top, evals, "em", "--o", BLACK, "held-out exact match, greedy"),
+            (low, steps, "effective_ratio", "-s", BLUE, "Effective Ratio, realised"),
+            (low, steps, "predicted_effective_ratio", "--^", ORANGE, "Effective Ratio, predicted"),
+            (low, steps, "predictor_auroc", ":x", BLACK, "predictor AUROC (0.5: chance)")):
+        x, y = (np.array([row.get(n) for row in rows], float) for n in ("sampled_tokens", name))
+        axes.plot(x, y, style, color=colour, lw=1.2, ms=5, label=label)  # None is nan now: a gap
+    _label(top, "right answers (share of episodes)", "")
+    _label(low, "share of prompts, or AUROC")
+    return figure.write(Path(folder, "curve.png"))
+
+
+def draw_arms(rows, file, y="eval_em", ylabel="held-out exact match"):
+    """Write the mean of `y` per arm over its seeds, with a 95 % t-interval; -> Path. A row: {arm,
+    seed, sampled_tokens, y}, where y is a share, 0 to 1; rows without y are passed over."""
+    points = {}  # {arm: {seed: [(tokens, y)]}}
+    for row in (row for row in rows if row.get(y) is not None):
+        seeds = points.setdefault(row["arm"], {})
+        seeds.setdefault(row["seed"], []).append((row["sampled_tokens"], row[y]))
+    bands = {arm: mean_and_band([np.array(sorted(curve)).T for curve in seeds.values()])
+             for arm, seeds in points.items()}
+    known = [*dict.fromkeys(["grpo", "pcl", "treepo", "root", "prefix", "trace", "oracle", *bands])]
+    axes = (figure := Picture(figsize=(6.4, 5), layout="constrained")).subplots()
+    for arm in sorted(bands, key=lambda arm: -bands[arm][1][-1]):
+        (x, mean, half), i = bands[arm], known.index(arm) % 9  # alike in all figures
+        axes.plot(x, mean, STYLES[i], color=COLOURS[i], markevery=(i, 10),
+                  label=f"{arm}, seeds: {len(points[arm])}")
+        axes.fill_between(x, mean - half, mean + half, color=COLOURS[i], alpha=0.15, lw=0)
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+    _label(axes, ylabel + " (mean, 95 % interval)", ncols=2)
+    return figure.write(file)
+
+
+def mean_and_band(curves, num=50):
+    """(x, mean, half of its 95 % t-interval), [num] each, of curves [(x, y)] on their common x."""
+    x = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), num)
+    y, n = np.array([np.interp(x, *curve) for curve in curves]), len(curves)  # [curves, num]
+    t = T[n - 2] if n < 11 else 1.96 + 2.6 / (n - 1)  # the latter to within 0.5 %
+    return x, y.mean(0), t * y.std(0, ddof=1) / n ** 0.5 if n > 1 else np.zeros(num)
+
+
+def _label(axes, ylabel, xlabel="sampled tokens since the start", ncols=1):
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_formatter(ticker.EngFormatter())  # 50 k, 1 M
+    axes.grid(alpha=0.3)
+    axes.legend(loc=(0, 1.01), frameon=False, handlelength=3.5, ncols=ncols)  # hides no data
+
+
+def _action(node, text_of):
+    return " ".join(split_completion(text_of(node))[1].split()) or "(no action)"
+
+
+def _mark(node):
+    """✓ right, ✗ wrong, … no answer; ◆ a prefix after which rollouts part, ─ another."""
+    if node.is_leaf:
+        answered = node.state.prediction is not None and not node.overflowed
+        return "✓" if node.reward else "✗" if answered else "…"
+    return "◆" if node.depth > 0 and len(node.children) > 1 else "─"
+
+
+def tree_text(root, text_of, width=56):
+    """A backed-up tree in plain text, a turn per line; `text_of(node)` is what the policy wrote
+    there. Columns: Ṽ where predicted, V̂, leaves. Actions are cut to end at `width`."""
+    lines = textwrap.wrap(root.state.question.text, 75) + [f"{'':{width}}     Ṽ     V̂ leaves"]
+    for node in nodes(root):
+        last = [n is n.parent.children[-1] for n in path(node)[1:]]
+        line = "".join("   " if end else "│  " for end in last[:-1])
+        line += f"{'├└'[last[-1]]}─{_mark(node)} {_action(node, text_of)}" if last else "(question)"
+        line = line if len(line) <= width else line[:width - 1] + "…"
+        value, num = (None, "") if node.is_leaf else (node.value, node.num_leaves)
+        for chance in (node.predicted, value):
+            line = f"{line:{width}}" + (" " * 6 if chance is None else f"{chance:6.2f}")
+        lines.append(f"{line}{num:7}".rstrip())
+    return "\n".join([*lines, "✓ right   ✗ wrong   … no answer   ◆ expanded prefix"])
+
+
+ROW, COLUMN, BEND, LEFT, HEADER, SIZE = 0.36, 1.7, 0.34, 1.95, 1.15, 8.5  # inches; SIZE points
+FONT = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))  # to measure text with
+FONT.set_size(SIZE, 720)  # dots per inch
+CMAP = matplotlib.colormaps["cividis"]  # its lightness alone orders it
+LABELS = {"value": r"success $\hat V$: mean reward of the leaves below",
+          "predicted": r"success $\tilde V$ as predicted (white: was not)"}
+
+
+def draw_tree(root, text_of, title="", estimate=""):
+    """A backed-up tree as a Figure: turns from left to right, a row per leaf; `text_of(node)` is
+    what the policy wrote there. Node colour and number: `estimate`, "predicted" (Ṽ) or "value"
+    (V̂); by default Ṽ if the root has one. Line width: rollouts through a turn."""
+    estimate = estimate or ("value" if root.predicted is None else "predicted")
+    question = textwrap.wrap(root.state.question.text, 25, max_lines=9, placeholder=" …")
+    at = _layout(root, least=len(question) * 0.15)
+    width, height = max(max(x for x, _ in at.values()) + 0.25, 6.2), 2 * at[root][1] + HEADER
+    axes = (figure := Picture(figsize=(width, height))).add_axes((0, 0, 1, 1))
+    axes.axis((0, width, 0, height))  # data coordinates are inches
+    axes.axis("off")
+    for node, (x, y) in at.items():
+        if node is not root:
+            _draw_turn(axes, *at[node.parent], x, y, node.num_leaves, _action(node, text_of))
+        _draw_node(axes, x, y, _mark(node), getattr(node, "reward" if node.is_leaf else estimate))
+    axes.text(LEFT - 0.22, at[root][1], "\n".join(question), ha="right", va="center",
+              fontsize=SIZE, parse_math=False)
+    axes.text(0.2, height - 0.1, title, va="top", fontsize=11, weight="bold", parse_math=False)
+    bar = axes.inset_axes((0.25, height - 0.55, 1.4, 0.14), transform=axes.transData)
+    figure.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), bar, orientation="horizontal",
+                    ticks=(0, 0.5, 1), format="{x:g}").ax.tick_params(labelsize=7, length=2, pad=1)
+    axes.text(1.8, height - 0.48, LABELS[estimate], fontsize=SIZE, va="center")
+    axes.text(0.2, height - 0.9, "✓ right    ✗ wrong    … no answer    ring: expanded prefix"
+              "    line width: rollouts through the turn", fontsize=SIZE)
+    return figure
+
+
+def _layout(root, least):
+    """{node: (x, y)} in inches, y upwards, at least `least` high, with the root in the middle."""
+    at, num = {}, sum(not node.children for node in nodes(root))
+    middle = max(least, num * ROW) / 2
+    y = middle - (num - 1) * ROW / 2  # of the lowest leaf
+    for node in reversed(nodes(root)):  # last leaf first; a bare rollout is a straight line
+        at[node] = LEFT + node.depth * COLUMN, at[node.children[0]][1] if node.children else y
+        y += 0 if node.children else ROW
+    return at | {root: (LEFT, middle)}
+
+
+def _draw_turn(axes, x0, y0, x, y, num_leaves, action):
+    """The line into a node, with the kind of the action above it and its argument below."""
+    left, thick = x0 + BEND, min(0.5 + 0.8 * max(1, num_leaves), 7)  # inches, points
+    line = matplotlib.path.Path([(x0, y0), (x0, y), (left, y), (x, y)], [1, 3, 3, 2])
+    axes.add_patch(patches.PathPatch(line, fill=False, ec="#999999", lw=thick, zorder=1))
+    kind, argument = parse_action(action)
+    argument = _cut(argument[:60], x - left - 0.23)
+    style = {"textcoords": "offset points", "parse_math": False}
+    axes.annotate(kind.title(), (left, y), (2, thick / 2), fontsize=7, va="bottom", **style)
+    axes.annotate(argument, (left, y), (2, -thick / 2 - 1), fontsize=SIZE, va="top", **style)
+
+
+def _cut(text, room):
+    """`text`, cut until it is at most `room` inches wide."""
+    FONT.set_text(text)
+    return text if FONT.get_width_height()[0] / 64 <= 720 * room else _cut(text[:-2] + "…", room)
+
+
+def _draw_node(axes, x, y, mark, chance):
+    """A turn: a circle with its chance. A leaf: a square with its mark, its chance the reward."""
+    fill = "white" if chance is None else CMAP(chance)
+    ink = "black" if chance is None or chance >= 0.5 else "white"
+    number = "" if chance is None else f"{round(chance, 2):g}".replace("0.", ".")
+    marker, size, points, text = ("s", 13, 10, mark) if mark in "✓✗…" else ("o", 17, 7, number)
+    if mark == "◆":
+        axes.plot(x, y, "o", ms=23, mfc="white", mec=RED, mew=2)
+    axes.plot(x, y, marker, ms=size, mec="black", mfc=fill)
+    axes.annotate(text, (x, y), ha="center", va="center", color=ink, fontsize=points)
