@@ -229,11 +229,16 @@ def trace_prefixes(prefixes, budget, rng):
     base = rng.permutation(deal_evenly(units, np.full(n, units)))
     flip = flip_prob(prefixes.v, prefixes.outcome, 1)
     if not c:
-        first, ratio = flip * (1 - flip)**base, lambda rows, j: 1 - flip[rows]
+        first = flip * (1 - flip)**base
+
+        def ratio(rows, j):
+            return 1 - flip[rows]
     else:       # seeing `base` repeats would turn Beta(a, b) into Beta(a + base, b)
         a, total = c * (1 - flip) + base, c + base
         first = beta_moment(c * (1 - flip), c * flip, base) * c * flip / total
-        ratio = lambda rows, j: (a[rows] + j - 1) / (total[rows] + j)
+
+        def ratio(rows, j):
+            return (a[rows] + j - 1) / (total[rows] + j)
     cost = np.broadcast_to(prefixes.cost if prefixes.cost_aware else 1.0, n)
     tokens = budget * cost.sum() / max(n, 1) - base @ cost
     return base + solve_prefixes(first / cost, ratio, tokens, cost=cost)

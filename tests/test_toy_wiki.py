@@ -23,7 +23,7 @@ def test_same_seed_same_world():
 
 
 def test_the_oracle_solves_every_question_within_seven_turns():
-    """It reads values from observations only. `python toy_wiki.py --oracle 10000` is the long form."""
+    """It reads values from observations only. Long form: python toy_wiki.py --oracle 10000"""
     for world in (WORLD, make_world(150, 5)):
         env, kinds, turns = ReActEnv(world.wiki, max_turns=7), Counter(), Counter()
         for question in make_questions(world, 1500 if world is WORLD else 150):

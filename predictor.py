@@ -1,0 +1,236 @@
+"""The shared success predictor Ṽ: one small network for the roots and prefixes of all prompts.
+
+It reads what the policy computed anyway, the hidden state at the anchor's last token, and
+three plain numbers; it learns online from the recursive targets V̂ of the step's trees. It
+serves the allocator only and never enters the policy gradient. Nothing it sees is
+privileged: no answer, no gold title, no hop count, no kind of question.
+
+A predictor has `predict(features) -> probabilities [n]` and
+`update(features, targets, weights) -> loss`; `PREDICTORS` holds them by name.
+"""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rollout import grow
+from tree import Node, backup, nodes, path_ids
+
+CLIP = 0.02  # probabilities stay in [CLIP, 1 − CLIP]: nothing is ever given up for good
+
+
+def weighted_error(predicted, targets, weights):
+    return float((weights * (predicted - targets) ** 2).sum() / np.sum(weights))
+
+
+class Features(NamedTuple):
+    hidden: np.ndarray  # float32 [n, width], the policy's hidden state at the anchor
+    plain: np.ndarray   # float32 [n, 3]: turn index, last search missed, mean log-prob of the turn
+    anchors: tuple      # [n] the nodes, for per-prompt counts and the Monte-Carlo oracle only
+
+
+def features(anchors):
+    """Features of n anchors (roots or prefixes that have been fed to the policy)."""
+    plain = [[node.depth, float(node.state.last_missed),
+              float(node.logprobs.mean()) if node.num_sampled else 0.0] for node in anchors]
+    return Features(np.stack([node.hidden for node in anchors]), np.array(plain, np.float32),
+                    tuple(anchors))
+
+
+class HeadPredictor:
+    """An MLP with one hidden layer on hidden state and plain features; MSE as in the paper."""
+
+    def __init__(self, policy, env=None, seed=0, learning_rate=1e-3, passes=4, size=64):
+        width = policy.body.config.hidden_size
+        self.network = torch.nn.Sequential(
+            torch.nn.LayerNorm(width + 3), torch.nn.Linear(width + 3, size), torch.nn.GELU(),
+            torch.nn.Linear(size, 1))
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.network.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5, generator=generator)
+            elif parameter is not self.network[0].weight:
+                torch.nn.init.zeros_(parameter)
+        torch.nn.init.zeros_(self.network[-1].weight)  # starts at one half everywhere
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
+        self.passes = passes
+
+    def inputs(self, features):
+        return torch.tensor(np.concatenate([features.hidden, features.plain], 1))
+
+    def predict(self, features):
+        with torch.no_grad():
+            probability = torch.sigmoid(self.network(self.inputs(features))[:, 0]).numpy()
+        return np.clip(probability.astype(float), CLIP, 1 - CLIP)
+
+    def update(self, features, targets, weights):
+        """A few full-batch steps of Adam; -> weighted mean squared error before them. A loss
+        that is not finite changes nothing."""
+        inputs = self.inputs(features)
+        targets = torch.tensor(targets, dtype=torch.float32)
+        weights = torch.tensor(weights, dtype=torch.float32)
+        first = None
+        for _ in range(self.passes):
+            probability = torch.sigmoid(self.network(inputs)[:, 0])
+            loss = (weights * (probability - targets) ** 2).sum() / weights.sum()
+            first = loss.item() if first is None else first
+            if not np.isfinite(loss.item()):
+                return first
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return first
+
+    def state_dict(self):
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class LogisticPredictor(HeadPredictor):
+    """The baseline to beat: logistic regression on the three plain features."""
+
+    def __init__(self, policy=None, env=None, seed=0, learning_rate=2e-2, passes=16):
+        self.network = torch.nn.Linear(3, 1)
+        torch.nn.init.zeros_(self.network.weight)
+        torch.nn.init.zeros_(self.network.bias)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
+        self.passes = passes
+
+    def inputs(self, features):
+        return torch.tensor(features.plain)
+
+
+class CountsPredictor:
+    """Per-prompt Beta counts: (1 + successes) / (2 + rollouts), the same at every depth."""
+
+    def __init__(self, policy=None, env=None, seed=0):
+        self.counts = {}
+
+    def predict(self, features):
+        pairs = np.array([self.counts.get(node.state.question.id, (0.0, 0.0))
+                          for node in features.anchors])
+        return (1 + pairs[:, 0]) / (2 + pairs.sum(1))
+
+    def update(self, features, targets, weights):
+        error = weighted_error(self.predict(features), targets, weights)
+        for node, target, weight in zip(features.anchors, targets, weights):
+            if node.depth == 0:  # a root's target is over all leaves of the prompt
+                name = node.state.question.id
+                wins, losses = self.counts.get(name, (0.0, 0.0))
+                self.counts[name] = [float(wins + weight * target),
+                                     float(losses + weight * (1 - target))]
+        return error
+
+    def state_dict(self):
+        return {"counts": dict(self.counts)}
+
+    def load_state_dict(self, state):
+        self.counts = dict(state["counts"])
+
+
+class ConstantPredictor:
+    """The running mean of all targets, everywhere."""
+
+    def __init__(self, policy=None, env=None, seed=0):
+        self.total, self.weight = 0.5, 1.0
+
+    def predict(self, features):
+        return np.full(len(features.anchors), self.total / self.weight)
+
+    def update(self, features, targets, weights):
+        error = weighted_error(self.predict(features), targets, weights)
+        self.total += float(np.dot(weights, targets))
+        self.weight += float(np.sum(weights))
+        return error
+
+    def state_dict(self):
+        return {"total": self.total, "weight": self.weight}
+
+    def load_state_dict(self, state):
+        self.total, self.weight = state["total"], state["weight"]
+
+
+
+class OraclePredictor:
+    """A diagnostic: V by Monte Carlo. Its samples are not charged to the budget."""
+
+    def __init__(self, policy, env, seed=0, num=16):
+        self.policy, self.env, self.seed, self.num, self.calls = policy, env, seed, num, 0
+
+    def predict(self, features):
+        self.calls += 1
+        values = monte_carlo_value(self.policy, self.env, features.anchors, self.num,
+                                   (self.seed, "oracle", self.calls))
+        return np.clip(values, CLIP, 1 - CLIP)
+
+    def update(self, features, targets, weights):
+        return 0.0  # nothing to learn
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+PREDICTORS = {"head": HeadPredictor, "logistic": LogisticPredictor, "counts": CountsPredictor,
+              "constant": ConstantPredictor, "oracle": OraclePredictor}
+
+
+def monte_carlo_value(policy, env, anchors, num, key):
+    """V of each anchor: mean reward of `num` fresh rollouts, which leave its tree untouched."""
+    values, size = [], max(1, 1024 // num)  # a few at a time: their caches are large
+    for i in range(0, len(anchors), size):
+        copies = [Node(path_ids(a), 0, a.state, hidden=a.hidden, cache=a.cache,
+                       sample=num * (i + j)) for j, a in enumerate(anchors[i:i + size])]
+        grow(policy, env, copies, [num] * len(copies), key)
+        for copy in copies:
+            backup(copy)
+        values += [copy.value for copy in copies]
+    return np.array(values)
+
+
+def predict(predictor, anchors):
+    """Ṽ of the anchors, [n], also kept on the nodes."""
+    values = predictor.predict(features(anchors)) if anchors else np.zeros(0)
+    for node, value in zip(anchors, values):
+        node.predicted = float(value)
+    return values
+
+
+def score_and_update(predictor, roots):
+    """Score what was predicted against V̂, which it had not seen; then learn from all anchors
+    of the step. -> metrics"""
+    anchors = [node for root in roots for node in nodes(root) if node.hidden is not None]
+    targets = np.array([node.value for node in anchors])
+    weights = np.array([node.num_leaves for node in anchors], float)
+    scored = [i for i, node in enumerate(anchors) if node.predicted is not None]
+    predicted = np.array([anchors[i].predicted for i in scored])
+    return {"predictor_brier": brier(predicted, targets[scored], weights[scored]),
+            "predictor_auroc": auroc(predicted, targets[scored], weights[scored]),
+            "predictor_loss": predictor.update(features(anchors), targets, weights)}
+
+
+# ---------------------------------------------------------------- scores
+def brier(predicted, targets, weights):
+    """Mean over leaves of (Ṽ − R)²; targets [n] are means over weights [n] leaves of 0/1
+    rewards. Range 0 to 1; always saying one half scores 0.25."""
+    predicted, targets, weights = (np.asarray(x, float) for x in (predicted, targets, weights))
+    error = (predicted - targets) ** 2 + targets * (1 - targets)
+    return float((weights * error).sum() / weights.sum())
+
+
+def auroc(predicted, targets, weights):
+    """Chance that a success leaf's anchor is predicted above a failure leaf's (ties count
+    half). Range 0 to 1, 0.5 is chance; None when there are no successes or no failures."""
+    predicted = np.asarray(predicted, float)
+    wins, losses = np.asarray(weights) * targets, np.asarray(weights) * (1 - np.asarray(targets))
+    if wins.sum() <= 0 or losses.sum() <= 0:
+        return None
+    _, group = np.unique(predicted, return_inverse=True)
+    wins, losses = np.bincount(group, wins), np.bincount(group, losses)
+    below = np.cumsum(losses) - losses
+    return float((wins * (below + losses / 2)).sum() / (wins.sum() * losses.sum()))

@@ -1,0 +1,281 @@
+"""Tree rollouts: start any number of episodes at any anchor and play them to their ends.
+
+Both stages of TRACE are one operation, `grow(anchors, counts)`: an anchor is a prompt or a
+prefix, and all rollouts are carried on together, turn by turn. A row of the cache holds the
+tokens of one path at columns 0, 1, 2, ..., so that forking a path at any earlier turn is to
+copy a row and to forget its later columns: nothing is computed twice.
+
+Shapes: R rows (live episodes), T tokens fed at once, S columns, W width, V vocabulary.
+"""
+import hashlib
+import warnings
+
+import numpy as np
+import torch
+from transformers import Cache
+
+from react_env import action_end, observation_text, split_completion
+from tree import Node, leaves, path, path_ids
+
+
+class RaggedCache(Cache):
+    """Keys and values of R paths of different lengths, each contiguous from column 0.
+
+    keys[layer], values[layer]: [R, key-value heads, capacity, head size]. `place` says where
+    the tokens of the next forward pass go; what lies behind a row's own length is garbage
+    that the mask hides and the next token overwrites."""
+
+    def __init__(self, keys=(), values=()):
+        super().__init__(layers=[])
+        self.keys, self.values = list(keys), list(values)
+        self.positions, self.width = None, 0
+
+    def place(self, positions):
+        self.positions = positions  # [R, T]
+        self.width = max(self.width, int(positions.max()) + 1)
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        """Store [R, heads, T, size] at `positions`; -> all columns in use."""
+        while len(self.keys) <= layer_idx:
+            self.keys.append(keys.new_zeros(*keys.shape[:2], 0, keys.shape[3]))
+            self.values.append(values.new_zeros(*values.shape[:2], 0, values.shape[3]))
+        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        for store, new in ((self.keys, keys), (self.values, values)):
+            kept = store[layer_idx]
+            if kept.shape[2] < self.width:  # room for 64 more columns at a time
+                room = (self.width + 63) // 64 * 64 - kept.shape[2]
+                kept = torch.cat([kept, kept.new_zeros(*kept.shape[:2], room, kept.shape[3])], 2)
+                store[layer_idx] = kept
+            kept[rows, :, self.positions] = new.transpose(1, 2)  # [R, T, heads, size]
+        return (self.keys[layer_idx][:, :, :self.width], self.values[layer_idx][:, :, :self.width])
+
+    def get_seq_length(self, layer_idx=0):
+        return self.width
+
+    @staticmethod
+    def fork(sources, lengths):
+        """A new cache whose row i copies `sources[i] = (cache, row)`, of which the first
+        lengths[i] columns count."""
+        width = max(lengths)
+        forked = RaggedCache()
+        forked.width = width
+        by_cache = {}
+        for i, (cache, row) in enumerate(sources):
+            by_cache.setdefault(cache, []).append((i, row))
+        for layer in range(len(sources[0][0].keys)):
+            for name in ("keys", "values"):
+                like = getattr(sources[0][0], name)[layer]
+                room = (width + 63) // 64 * 64
+                new = like.new_zeros(len(sources), like.shape[1], room, like.shape[3])
+                for cache, pairs in by_cache.items():
+                    into, rows = (torch.tensor(x, device=like.device) for x in zip(*pairs))
+                    columns = min(width, cache.width)
+                    new[into, :, :columns] = getattr(cache, name)[layer][rows, :, :columns]
+                getattr(forked, name).append(new)
+        return forked
+
+
+def rollout_key(*parts):
+    """64-bit key of one rollout from (seed, step, question id, sample, ...)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def keyed_uniforms(keys, positions):
+    """Uniforms in [0, 1) that depend on (key, position) alone, whatever the batch: the
+    counter-based generator splitmix64 (Steele et al. 2014). uint64 [R], int [R] -> float64."""
+    with np.errstate(over="ignore"):
+        z = keys + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
+
+
+def truncated_logprobs(logits, temperature, top_p):
+    """Log-probs [R, V] of the distribution that is sampled: logits / temperature, then the
+    smallest set of words whose probability reaches top_p (Holtzman et al. 2020)."""
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    if top_p < 1:
+        order = logprobs.argsort(-1, descending=True)
+        falling = logprobs.gather(-1, order).exp()
+        outside = torch.zeros_like(logprobs, dtype=torch.bool).scatter(
+            -1, order, falling.cumsum(-1) - falling >= top_p)
+        logprobs = torch.log_softmax(logprobs.masked_fill(outside, -torch.inf), -1)
+    return logprobs
+
+
+def draw(logits, uniforms, temperature, top_p):
+    """Inverse-CDF sampling. logits [R, V], uniforms [R] -> (ids [R], log-probs [R]) under the
+    distribution really sampled from; temperature 0 is greedy (log-probs at temperature 1)."""
+    logprobs = truncated_logprobs(logits, temperature, top_p)
+    if temperature == 0:
+        ids = logprobs.argmax(-1)
+    else:
+        cdf = logprobs.double().exp().cumsum(-1)
+        ids = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+        ids = ids.clamp(max=logits.shape[-1] - 1)
+    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+
+
+def prefill(policy, anchors):
+    """Compute cache and hidden state of anchors that have none (all roots of the pool)."""
+    with policy.sampling():
+        for chunk in chunks(policy, [a for a in anchors if a.cache is None]):
+            feed(policy, RaggedCache(), chunk, [path_ids(a)[:policy.context] for a in chunk],
+                 [0] * len(chunk))
+
+
+def chunks(policy, jobs):
+    """Split the work so that the cache of a chunk holds at most `cache_tokens` columns."""
+    size = max(1, policy.cache_tokens // policy.context)
+    return [jobs[i:i + size] for i in range(0, len(jobs), size)]
+
+
+def feed(policy, cache, row_nodes, ids, starts):
+    """Feed ragged lists of ids, row r from column starts[r] on; sets hidden and cache of
+    row_nodes[r] (None for idle rows). -> hidden states at the last ids, [R, W]."""
+    length = max(map(len, ids))
+    padded = np.zeros((len(ids), length), np.int64)
+    for row, row_ids in enumerate(ids):
+        padded[row, :len(row_ids)] = row_ids
+    positions = np.array(starts)[:, None] + np.arange(length)
+    positions = np.minimum(positions, policy.context - 1)  # padding of rows near the end
+    hidden = policy.forward(padded, positions, cache)
+    last = torch.tensor([max(len(row_ids), 1) - 1 for row_ids in ids], device=policy.device)
+    hidden = hidden[torch.arange(len(ids), device=policy.device), last]
+    for row, (node, values) in enumerate(zip(row_nodes, hidden.float().cpu().numpy())):
+        if node is not None:
+            node.hidden, node.cache = values, (cache, row)
+    return hidden
+
+
+def grow(policy, env, anchors, counts, key=(), temperature=None):
+    """Start counts[i] rollouts at anchors[i] and play all to their ends -> new leaves.
+
+    `key` = (seed, step): with question and sample number it fixes every random number, so
+    that episodes do not depend on how the work is split. Nodes keep their ids and log-probs,
+    and where the episode goes on, also the hidden state and the place in the cache."""
+    prefill(policy, [a for a, n in zip(anchors, counts) if n])
+    jobs, numbers, grown = [], {}, []
+    for anchor, count in zip(anchors, counts):
+        root = path(anchor)[0]
+        for _ in range(count):
+            if root not in numbers:
+                numbers[root] = root.sample + len(leaves(root))
+            number, numbers[root] = numbers[root], numbers[root] + 1
+            if anchor.length + policy.config.turn_tokens > policy.context:  # no room for a turn
+                none = np.zeros(0, np.int32)
+                grown.append(Node(none, 0, anchor.state, anchor, none, number, overflowed=True))
+            else:
+                jobs.append((anchor, number, rollout_key(
+                    *key, anchor.state.question.id, number)))
+    with policy.sampling():
+        pending = chunks(policy, jobs)
+        while pending:
+            chunk = pending.pop(0)
+            before = {anchor: len(anchor.children) for anchor, _, _ in chunk}
+            try:
+                grown += grow_chunk(policy, env, chunk, temperature)
+            except torch.cuda.OutOfMemoryError:
+                if len(chunk) == 1:
+                    raise
+                for anchor, count in before.items():  # forget what was half done
+                    del anchor.children[count:]
+                torch.cuda.empty_cache()
+                if policy.cache_tokens == policy.config.cache_tokens:
+                    warnings.warn("out of GPU memory: halving the number of live episodes")
+                policy.cache_tokens = len(chunk) // 2 * policy.context
+                pending = chunks(policy, chunk + [job for rest in pending for job in rest])
+    return grown
+
+
+def grow_chunk(policy, env, jobs, temperature):
+    """Play the rollouts of one chunk, [(anchor, number in its tree, key)] -> leaves."""
+    temperature = policy.config.temperature if temperature is None else temperature
+    row_nodes = [anchor for anchor, _, _ in jobs]
+    numbers = [number for _, number, _ in jobs]
+    keys = np.array([key for _, _, key in jobs], np.uint64)
+    cache = RaggedCache.fork([n.cache for n in row_nodes], [n.length for n in row_nodes])
+    hidden = torch.tensor(np.stack([n.hidden for n in row_nodes]), device=policy.device)
+    grown = []
+    while True:
+        live = np.array([not node.is_leaf for node in row_nodes])
+        turns = sample_turn(policy, cache, row_nodes, hidden, keys, live, temperature)
+        texts = [policy.text(ids) for ids, _ in turns]
+        states = env.step_batch([row_nodes[r].state for r in np.flatnonzero(live)],
+                                [split_completion(texts[r])[1] for r in np.flatnonzero(live)])
+        ids, starts, fed = [[0]] * len(jobs), [n.length for n in row_nodes], [None] * len(jobs)
+        for r, state in zip(np.flatnonzero(live), states):
+            action, logprobs = turns[r]
+            observation, cut = observation_ids(policy, state, texts[r])
+            room = policy.context - row_nodes[r].length
+            overflowed = len(action) + len(observation) + policy.config.turn_tokens > room
+            overflowed = overflowed and not state.done
+            if state.done or overflowed:
+                observation, cut = [], False
+            parent = row_nodes[r]
+            row_nodes[r] = node = Node(
+                np.array(action + observation, np.int32), len(action), state, parent,
+                np.array(logprobs, np.float32), numbers[r], cut_observation=cut,
+                overflowed=overflowed)
+            if node.is_leaf:
+                grown.append(node)
+            else:  # the last action token has not been fed yet
+                ids[r], fed[r] = action[-1:] + observation, node
+                starts[r] = parent.length + len(action) - len(action[-1:])
+        staying = [r for r, node in enumerate(row_nodes) if not node.is_leaf]
+        if not staying:
+            return grown
+        hidden = feed(policy, cache, fed, ids, starts)
+        if len(staying) <= 0.7 * len(jobs):  # finished episodes leave
+            jobs = [jobs[r] for r in staying]
+            row_nodes = [row_nodes[r] for r in staying]
+            numbers, keys = [numbers[r] for r in staying], keys[staying]
+            cache = RaggedCache.fork([n.cache for n in row_nodes], [n.length for n in row_nodes])
+            hidden = hidden[torch.tensor(staying, device=policy.device)]
+
+
+def observation_ids(policy, state, text):
+    """Ids of an observation, cut at `observation_tokens`; -> (ids, was it cut)."""
+    observation = observation_text(state.observation)
+    head, tail = observation.rsplit("\n", 1)
+    if text.endswith("\n"):  # the last token of the action already broke the line
+        head = head.lstrip("\n")
+    ids, tail = policy.encode(head), policy.encode("\n" + tail)
+    cut = len(ids) > policy.config.observation_tokens
+    return ids[:policy.config.observation_tokens] + tail, cut
+
+
+def sample_turn(policy, cache, row_nodes, hidden, keys, live, temperature):
+    """One action for every live row -> [(ids, log-probs)], both empty for idle rows."""
+    lengths = np.array([n.length for n in row_nodes])
+    depths = np.array([n.depth for n in row_nodes])
+    turns = [([], []) for _ in row_nodes]
+    live = live.copy()
+    for t in range(policy.config.turn_tokens):
+        uniforms = torch.tensor(keyed_uniforms(keys, depths * 4096 + t), device=policy.device)
+        tokens, logprobs = draw(policy.logits(hidden), uniforms, temperature, policy.config.top_p)
+        tokens, logprobs = tokens.cpu().numpy(), logprobs.float().cpu().numpy()
+        for r in np.flatnonzero(live):
+            turns[r][0].append(int(tokens[r]))
+            turns[r][1].append(float(logprobs[r]))
+            live[r] = not (policy.may_end[tokens[r]] and ended(policy, turns[r]))
+        if not live.any() or t + 1 == policy.config.turn_tokens:
+            return turns
+        sampled = np.array([len(ids) for ids, _ in turns])
+        positions = np.minimum(lengths + np.maximum(sampled, 1), policy.context) - 1
+        hidden = policy.forward(tokens[:, None], positions[:, None], cache)[:, 0]
+
+
+def ended(policy, turn):
+    """Has this turn ended? Drops, in place, the tokens behind the end of its action."""
+    ids, logprobs = turn
+    if ids[-1] in policy.end_ids:
+        return True
+    end = action_end(policy.text(ids))
+    if end is None:
+        return False
+    while ids and len(policy.text(ids[:-1])) >= end:
+        del ids[-1], logprobs[-1]
+    return True

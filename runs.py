@@ -1,0 +1,210 @@
+"""The run folder: config, metrics, checkpoints, and what a run prints.
+
+Nothing is overwritten: a fresh run gets a fresh folder. A checkpoint is one file, written
+aside, flushed and renamed, and the one before it is kept, so that a kill at any moment loses
+at most the steps since the last one. It also holds the lengths of the metrics files; resuming
+cuts them back to there.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tree import leaves
+
+
+VISIT_DECAY = 0.9  # per visit, of a prompt's counted successes and failures
+
+
+class UsageError(ValueError):
+    """Something the user can mend, in one line."""
+
+
+def fresh_folder(out, name):
+    """A path for a new run: `out`, which must not hold one, or runs/`name`, numbered."""
+    if out:
+        if (Path(out) / "config.json").exists():
+            raise UsageError(f"--out {out}: holds a run already; --resume {out} goes on with it")
+        return Path(out)
+    folder, number = Path("runs") / name, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
+
+
+def start_folder(folder, config):
+    """Make the folder, with config.json in it."""
+    try:
+        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", dataclasses.asdict(config) | {"resume": ""})
+    except OSError as error:
+        raise UsageError(f"--out {folder}: {error.strerror}") from None
+
+
+def write_json(file, content):
+    """Written aside and renamed: a reader never meets half a file."""
+    aside = Path(f"{file}.part")
+    with open(aside, "w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+
+
+class Lines:
+    """A JSON-lines file that a resumed run cuts back to its last checkpoint."""
+
+    def __init__(self, file, size):
+        self.stream = open(file, "ab")
+        if self.stream.tell() < size:
+            raise UsageError(f"{file}: shorter than its checkpoint says; it was changed by hand")
+        self.stream.truncate(size)
+        self.stream.seek(size)
+
+    def write(self, row):
+        self.stream.write(json.dumps(row).encode() + b"\n")
+        self.stream.flush()
+
+    def tell(self):
+        return self.stream.tell()
+
+
+def save_checkpoint(folder, step, content):
+    """Write checkpoint/step-000010.pt and keep the one before it."""
+    file = folder / "checkpoint" / f"step-{step:06d}.pt"
+    aside = file.with_suffix(".part")
+    with open(aside, "wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+    for old in sorted((folder / "checkpoint").glob("step-*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(folder):
+    """Content of the newest checkpoint. UsageError when there is none, or it is damaged."""
+    files = sorted((folder / "checkpoint").glob("step-*.pt"))
+    if not files:
+        raise UsageError(f"--resume {folder}: no checkpoint there")
+    try:
+        return torch.load(files[-1], weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+        before = f"; delete it to go on from {files[-2].name}" if len(files) > 1 else ""
+        raise UsageError(f"{files[-1]}: damaged, or not one of our checkpoints{before}") from None
+
+
+@dataclass
+class State:
+    """What a run carries from step to step besides the weights."""
+    step: int = 0
+    cursor: int = 0                            # questions drawn so far
+    sampled_tokens: int = 0
+    bare_cost: float = 0.0                     # running means, sampled tokens per rollout
+    continuation_cost: float = 0.0
+    visits: dict = field(default_factory=dict)  # question id -> [successes, failures]
+    metrics_bytes: int = 0                     # lengths of the files at the last checkpoint
+    evals_bytes: int = 0
+
+    def count_visits(self, roots):
+        """Add the outcomes of these prompts' bare rollouts to their decayed counts."""
+        for root in roots:
+            rewards = [leaf.reward for leaf in leaves(root)]
+            wins, losses = self.visits.get(root.state.question.id, (0.0, 0.0))
+            self.visits[root.state.question.id] = (
+                VISIT_DECAY * wins + sum(rewards),
+                VISIT_DECAY * losses + len(rewards) - sum(rewards))
+
+    def advance(self, num_bare, bare_tokens, num_continuations, continuation_tokens):
+        """One step is done: what it spent."""
+        self.step += 1
+        self.sampled_tokens += bare_tokens + continuation_tokens
+        self.bare_cost += 0.2 * (bare_tokens / num_bare - self.bare_cost)
+        if num_continuations:
+            cost = continuation_tokens / num_continuations
+            self.continuation_cost += 0.2 * (cost - self.continuation_cost)
+
+
+class Clock(dict):
+    """Seconds by name: `with clock("sample"): ...` adds up."""
+
+    def __init__(self):
+        super().__init__(sample=0.0, predict=0.0, allocate=0.0, update=0.0)
+
+    @contextmanager
+    def __call__(self, name):
+        start = time.perf_counter()
+        yield
+        self[name] += time.perf_counter() - start
+
+
+# ---------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_config(Config, description, arguments):
+    """-> Config. `--resume DIR` takes the configuration of the run; only --steps may change."""
+    parser = Parser(description=description.split("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for dial in dataclasses.fields(Config):
+        flag, extra = "--" + dial.name.replace("_", "-"), dict(dial.metadata)
+        if dial.name == "four_bit":
+            parser.add_argument("--no-4bit", dest="four_bit", action="store_false",
+                                default=argparse.SUPPRESS, **extra)
+        elif dial.type is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, **extra)
+        else:
+            parser.add_argument(flag, type=dial.type, default=argparse.SUPPRESS, metavar=dial.type.
+                                __name__.upper(), **extra | {"help": f"{extra['help']} "
+                                                             f"[{dial.default}]"})
+    given = vars(parser.parse_args(arguments))
+    if "resume" not in given:
+        return Config(**given)
+    if other := sorted(set(given) - {"resume", "steps", "eval_only"}):
+        raise UsageError("--resume goes on with the run's own configuration; beside it stand only "
+                         f"--steps and --eval-only, not --{other[0].replace('_', '-')}")
+    file = Path(given["resume"]) / "config.json"
+    try:
+        return Config(**{**json.loads(file.read_text()), **given})
+    except UsageError:
+        raise
+    except OSError:
+        raise UsageError(f"--resume {given['resume']}: no run there (no config.json)") from None
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{file}: not a configuration of ours ({error})") from None
+
+
+# ---------------------------------------------------------------- what a run prints
+def say(text):
+    tqdm.write(text)
+
+
+def describe(row):
+    """One line per step, with units."""
+    auroc = row["predictor_auroc"]
+    return (f"step {row['step']:3d} | reward {row['reward_mean']:.2f} | Effective Ratio predicted "
+            f"{row['predicted_effective_ratio']:.2f} realised {row['effective_ratio']:.2f} | "
+            f"{row['active_prompts']} prompts x {row['leaves_per_prompt']:.1f} leaves | "
+            f"{row['sampled_tokens']:,} tokens | predictor AUROC "
+            f"{'-' if auroc is None else f'{auroc:.2f}'} | "
+            f"seconds: sample {row['time_sample_s']:.1f} predict {row['time_predict_s']:.1f} "
+            f"allocate {row['time_allocate_s']:.2f} update {row['time_update_s']:.1f}")
+
+
+def transcript(policy, path):
+    """One episode as text: what the policy wrote and what it was shown."""
+    text = "".join(policy.text(node.ids) for node in path)
+    question = path[-1].state.question
+    return (f"--- a sampled episode (reward {path[-1].reward:.0f}, answer: "
+            f"{' / '.join(question.answers)})\n{text[text.rindex('Question: '):]}\n---")

@@ -1,0 +1,39 @@
+"""Shared fixtures: the toy world, and the embedded policy in 4 bits and not."""
+from pathlib import Path
+
+import pytest
+import torch
+
+from policy import load_policy
+from trace_mini import Config, load_data
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+
+@pytest.fixture(scope="session")
+def data():
+    return load_data(Config(eval_questions=40))
+
+
+def fresh_policy(four_bit=True, **dials):
+    """The tiny policy with LoRA matrices that are not zero, so that adapters matter."""
+    policy = load_policy(Config(four_bit=four_bit, **dials))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.01, generator=generator)
+    return policy
+
+
+@pytest.fixture(scope="session", params=[True, False], ids=["nf4", "fp32"])
+def policy(request):
+    return fresh_policy(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    if not SHARED.is_dir():
+        pytest.skip(f"no sample data at {SHARED}")
+    return SHARED

@@ -1,0 +1,211 @@
+"""The engine against the plain computation, with the real tiny model, in 4 bits and not."""
+import numpy as np
+import pytest
+import torch
+
+from conftest import fresh_policy
+from rollout import draw, ended, grow, keyed_uniforms, prefill
+from tree import Node, advantages, backup, nodes, path, path_ids, prefixes
+
+
+def grown(policy, data, num=4, count=4, seed=0):
+    roots = [policy.root(question, data.env) for question in data.train[:num]]
+    return roots, grow(policy, data.env, roots, [count] * num, (seed, 0))
+
+
+def recomputed(policy, leaf):
+    with policy.sampling():
+        return policy.logprobs([(path(leaf), path(leaf)[1:])]).cpu().numpy()
+
+
+def recorded(leaf):
+    return np.concatenate([node.logprobs for node in path(leaf)[1:]])
+
+
+def test_recorded_logprobs_are_the_recomputed_ones(policy, data):
+    _, found = grown(policy, data)
+    for leaf in found:
+        assert np.abs(recorded(leaf) - recomputed(policy, leaf)).max() < 1e-4
+
+
+def test_continuations_start_from_the_prefix(policy, data):
+    """Same Node objects above, byte for byte the parent's ids, and right log-probs below."""
+    roots, _ = grown(policy, data)
+    anchors = [node for root in roots for node, _ in prefixes(root)][:8]
+    before = [path_ids(node).tobytes() for node in anchors]
+    found = grow(policy, data.env, anchors, [2] * len(anchors), (0, 0))
+    assert len(found) == 2 * len(anchors)
+    for anchor, ids in zip(anchors, before):
+        below = [leaf for leaf in found if anchor in path(leaf)]
+        assert len(below) >= 2
+        for leaf in below:
+            assert path_ids(leaf).tobytes().startswith(ids)
+            assert np.abs(recorded(leaf) - recomputed(policy, leaf)).max() < 1e-4
+
+
+def test_forked_equals_prefilled(policy, data):
+    """The hidden state kept at a prefix is that of a fresh prefill of its ids: logits to 1e-4."""
+    roots, _ = grown(policy, data)
+    anchors = [node for root in roots for node, _ in prefixes(root)][:12]
+    fresh = [Node(path_ids(node), 0, node.state) for node in anchors]
+    prefill(policy, fresh)
+    with torch.no_grad():
+        for kept, again in zip(anchors, fresh):
+            a, b = (policy.logits(torch.tensor(node.hidden)) for node in (kept, again))
+            assert (a - b).abs().max() < 1e-4
+
+
+def test_episodes_do_not_depend_on_the_split(policy, data):
+    """Keyed uniforms: three rows at a time give the episodes of one large batch."""
+    _, together = grown(policy, data)
+    policy.cache_tokens, kept = 3 * policy.context, policy.cache_tokens
+    _, apart = grown(policy, data)
+    policy.cache_tokens = kept
+    ids = [sorted(path_ids(leaf).tobytes() for leaf in found) for found in (together, apart)]
+    assert sum(a != b for a, b in zip(*ids)) <= 1  # a draw may fall within rounding of a boundary
+    assert grown(policy, data)[1][0].ids.tolist() == together[0].ids.tolist()
+    other = grown(policy, data, seed=1)[1]
+    assert any(a.ids.tolist() != b.ids.tolist() for a, b in zip(together, other))
+
+
+def test_gradients_before_and_after_sampling(data):
+    """Guards the 4-bit layers' silent repacking in eval mode on CPUs with AVX512-BF16."""
+    policy = fresh_policy()
+    roots, found = grown(policy, data)
+
+    def gradients():
+        policy.model.train()
+        policy.model.zero_grad()
+        policy.logprobs([(path(leaf), path(leaf)[1:]) for leaf in found[:4]]).sum().backward()
+        return [p.grad.clone() for p in policy.trained]
+
+    fresh = fresh_policy()
+    rows = [(path(leaf), path(leaf)[1:]) for leaf in found[:4]]
+    fresh.model.train()
+    fresh.logprobs(rows).sum().backward()
+    for after, never_sampled in zip(gradients(), [p.grad for p in fresh.trained]):
+        torch.testing.assert_close(after, never_sampled, rtol=1e-5, atol=1e-6)
+    assert all(p.grad.abs().sum() > 0 for p in policy.trained)
+
+
+def test_only_sampled_tokens_get_gradient(policy, data):
+    """The loss reads the last hidden states in front of sampled tokens and nowhere else: prompt
+    and observation tokens are predicted by no term of it."""
+    _, found = grown(policy, data, num=1, count=1)
+    kept = []
+    hook = policy.body.register_forward_hook(
+        lambda module, args, output: output.last_hidden_state.retain_grad()
+        or kept.append(output.last_hidden_state))
+    policy.model.train()
+    policy.logprobs([(path(found[0]), path(found[0])[1:])]).sum().backward()
+    hook.remove()
+    touched = kept[0].grad[0].abs().sum(-1).nonzero()[:, 0]
+    own = [node.length - len(node.ids) + i for node in path(found[0])
+           for i in range(node.num_sampled)]
+    assert (touched + 1).tolist() == own
+    text = policy.text(path_ids(found[0])[own])
+    assert "Observation:" not in text and "Question:" not in text and "Action:" in text
+
+
+def test_stop_rules(policy):
+    """Text after the action is cut; an observation of the policy's own ends the turn."""
+    cases = [(" Go.\nAction: Search[Velt]", " Go.\nAction: Search[Velt]"),
+             (" Go.\nAction: Search[Velt (poet)] and more]", " Go.\nAction: Search[Velt (poet)]"),
+             (" Hm.\nObservation: I made this up.", " Hm."),
+             (" No action at all", " No action at all"),
+             ("\nObservation: x", "")]
+    for written, kept in cases:
+        turn = ([], [])
+        for token in policy.encode(written):
+            turn[0].append(token)
+            turn[1].append(0.0)
+            if policy.may_end[token] and ended(policy, turn):
+                break
+        assert policy.text(turn[0]) == kept
+        assert len(turn[0]) == len(turn[1])
+
+
+def test_end_token_stops_a_turn_even_where_it_is_the_padding(policy):
+    end = policy.tokenizer.eos_token_id
+    assert end == policy.tokenizer.pad_token_id
+    turn = ([policy.encode(" I")[0], end], [0.0, 0.0])
+    assert policy.may_end[end] and ended(policy, turn) and turn[0][-1] == end
+
+
+def test_inverse_cdf_sampling_follows_the_distribution():
+    """20,000 draws; each frequency within 5 sigma (false alarm about 3e-6 in all), and top-p
+    keeps the smallest set of words that reaches p, renormalised."""
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    uniforms = torch.tensor(keyed_uniforms(np.arange(20000, dtype=np.uint64), np.zeros(20000, int)))
+    for top_p, expected in ((1.0, probabilities), (0.6, torch.tensor([2 / 3, 1 / 3, 0, 0]))):
+        ids, logprobs = draw(probabilities.log().expand(20000, 4), uniforms, 1.0, top_p)
+        shares = torch.bincount(ids, minlength=4) / 20000
+        assert ((shares - expected).abs() <= 5 * (expected * (1 - expected) / 20000).sqrt()).all()
+        torch.testing.assert_close(logprobs.exp(), expected[ids])
+
+
+def expanded(policy, data, num=6):
+    """Backed-up trees with continuations, so that paths share prefixes."""
+    roots, _ = grown(policy, data, num=num, count=4)
+    anchors = [node for root in roots for node, _ in prefixes(root)]
+    grow(policy, data.env, anchors, [1] * len(anchors), (0, 0))
+    for root in roots:
+        backup(root)
+    return roots
+
+
+def gradient_of(policy):
+    return torch.cat([p.grad.flatten() for p in policy.trained])
+
+
+def test_packed_equals_path_by_path(policy, data):
+    """One sequence with an ancestor mask gives the log-probs and gradients of its paths."""
+    root = max(expanded(policy, data, num=3), key=lambda root: root.num_leaves)
+    pack = (nodes(root), nodes(root)[1:])
+    policy.model.train()
+    policy.model.zero_grad()
+    packed = policy.logprobs([pack])
+    packed.sum().backward()
+    gradient = gradient_of(policy)
+    policy.model.zero_grad()
+    alone = torch.cat([policy.logprobs([(path(node), [node])]) for node in pack[1]])
+    alone.sum().backward()
+    assert (packed - alone).abs().max() < 1e-4
+    assert (gradient - gradient_of(policy)).norm() / gradient.norm() < 1e-4
+
+
+@pytest.mark.parametrize("packing", ["by cost", "always", "never"])
+@pytest.mark.parametrize("rule", ["grpo", "node_value"])
+def test_update_is_the_gradient_of_the_stated_loss(policy, data, rule, packing, monkeypatch):
+    """The update's gradient equals autograd on the formula, node by node, each node once."""
+    if packing != "by cost":
+        dear = 1.0 if packing == "never" else 0.5  # 1.0 asks for the cost of a pack
+        monkeypatch.setattr(policy, "cost", lambda row_nodes, attended: attended == dear)
+    credits = [c for c in (advantages(root, rule) for root in expanded(policy, data)) if c]
+    assert credits, "no tree with contrast among six prompts: the warm start has changed"
+    total = sum(node.num_sampled for credit in credits for node in credit)
+    policy.model.train()
+    policy.model.zero_grad()
+    for credit in credits:
+        for node, advantage in credit.items():
+            if advantage:
+                (-advantage * policy.logprobs([(path(node), [node])]).sum() / total).backward()
+    want = gradient_of(policy)
+    seen = {}
+    monkeypatch.setattr(policy.optimizer, "step", lambda: seen.update(grad=gradient_of(policy)))
+    monkeypatch.setattr(policy.config, "max_grad_norm", 1e9)
+    result = policy.update(credits)
+    assert result["loss_tokens"] == total and not result["update_skipped"]
+    assert (seen["grad"] - want).norm() / want.norm() < 1e-4
+
+
+def test_a_bad_number_skips_the_update(data):
+    policy = fresh_policy()
+    roots, _ = grown(policy, data, num=6, count=6)
+    for root in roots:
+        backup(root)
+    credits = [credit for credit in (advantages(root, "grpo") for root in roots) if credit]
+    credits[0][next(iter(credits[0]))] = float("nan")
+    before = [p.clone() for p in policy.trained]
+    assert policy.update(credits)["update_skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trained))

@@ -1,0 +1,400 @@
+"""trace-mini: TRACE (arXiv 2606.11119) in a handful of flat files. Run me: python trace_mini.py
+
+TRACE decides where in a forest of agent rollouts the next sample is worth most.
+`train_step` below is its loop body, numbered like the method. What is simplified against
+the paper, or left open by it and chosen here:
+
+ 1. One process and one GPU (or two CPU cores); sampling and update take turns.
+ 2. The predictor is a small head on the policy's own hidden state (paper: not public).
+ 3. The tree-aware advantage is one of five by name (paper: not public). By default a turn y
+    gets (V̂(y) − V̂(root)) / std: GRPO's advantage, averaged over the leaves below the turn.
+    A turn that several rollouts share is trained once.
+ 4. One update per batch, so there is nothing to clip, and no KL term.
+ 5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).
+ 6. Pool size, group size and learning rate were chosen by looking at GRPO alone.
+"""
+import signal
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from allocator import PREFIX_RULES, ROOT_RULES, Anchors, deal_in_proportion, mixed_prob
+from draw import draw_curve
+from policy import ModelError, load_policy
+from predictor import PREDICTORS, predict, score_and_update
+from react_env import DataError, ReActEnv, load_questions, write_predictions
+from rollout import grow, prefill
+from runs import (Clock, Lines, State, UsageError, describe, load_checkpoint, fresh_folder,
+                  parse_config, save_checkpoint, say, start_folder, transcript, write_json)
+from toy_wiki import make_questions, make_world
+from tree import (ADVANTAGES, advantages, backup, has_contrast, leaves, nodes, path, prefixes,
+                  sampled_tokens)
+
+HERE = Path(__file__).resolve().parent
+NUM_TOY_QUESTIONS = 4000
+LOWEST = {"steps": 0, "budget": 1, "num_continuations": 1, "pool_size": 1, "group_size": 2,
+          "cap": 2, "learning_rate": 0, "lora_rank": 1, "temperature": 1e-3, "top_p": 1e-3,
+          "max_turns": 1, "eval_questions": 1, "checkpoint_every": 1, "articles": 100,
+          "eval_every": 0, "seed": 0, "turn_tokens": 0, "observation_tokens": 0, "context": 0,
+          "cache_tokens": 1, "micro_batch_tokens": 1, "logit_chunk": 1, "show_every": 0}
+
+
+class Arm(NamedTuple):
+    """A method is three choices; README says how to add one."""
+    roots: str      # key of allocator.ROOT_RULES
+    prefixes: str   # key of allocator.PREFIX_RULES
+    advantage: str  # key of tree.ADVANTAGES
+    pool: int = 0   # candidates per group that M buys; 0: --pool-size candidates
+    predictor: str = ""  # instead of --predictor
+
+
+ARMS = {
+    "grpo": Arm("uniform", "none", "grpo", pool=1),
+    "pcl": Arm("pcl", "none", "grpo", pool=4),
+    "treepo": Arm("uniform", "random", "treepo", pool=1),
+    "root": Arm("trace", "none", "grpo"),
+    "prefix": Arm("uniform", "trace", "grpo", pool=1),
+    "trace": Arm("trace", "trace", "grpo"),
+    "oracle": Arm("trace", "trace", "grpo", predictor="oracle"),
+}
+
+
+def option(default, text, **kwargs):
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class Config:
+    """Every dial of a run; the texts are what --help prints."""
+    model: str = option("tiny", "tiny (embedded), a hub id, or a local folder")
+    data: str = option("toy", "toy, or a HotpotQA / 2WikiMultihopQA .json or MuSiQue .jsonl file")
+    eval_data: str = option("", "another file to evaluate on (default: a fifth of --data)")
+    method: str = option("trace", "which arm", choices=tuple(ARMS))
+    steps: int = option(24, "training steps")
+    seed: int = option(0, "seed of everything that is random")
+    out: str = option("", "run folder (default: runs/METHOD-DATA-sSEED, numbered if it exists)")
+    resume: str = option("", "run folder to continue")
+    eval_only: bool = option(False, "score the whole file, train nothing")
+    four_bit: bool = option(True, "load the base weights in 16 or 32 bits, without bitsandbytes")
+    budget: int = option(12000, "tokens sampled per step (thoughts and actions)")
+    num_continuations: int = option(2, "N: continuations per bare rollout")
+    pool_size: int = option(64, "candidate prompts per step of the arms that choose among them")
+    group_size: int = option(8, "leaves per prompt, about, of the arms with equal groups")
+    cap: int = option(16, "most bare rollouts of one prompt")
+    advantage: str = option("", "tree credit rule (default: the arm's own)")
+    predictor: str = option("head", "success predictor")
+    learning_rate: float = option(6e-4, "of AdamW on the LoRA weights")
+    lora_rank: int = option(16, "rank of the LoRA adapters")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    temperature: float = option(1.0, "of sampling in training; evaluation is greedy")
+    top_p: float = option(1.0, "nucleus of sampling; 1 samples from the whole distribution")
+    max_turns: int = option(8, "turns per episode, Finish included")
+    turn_tokens: int = option(0, "tokens per turn at most (0: 40 for tiny, else 128)")
+    observation_tokens: int = option(0, "an observation is cut here (0: 160 for tiny, else 256)")
+    context: int = option(0, "tokens per path at most (0: 768 for tiny, else 4096)")
+    cache_tokens: int = option(262144, "cache columns of the episodes sampled together")
+    micro_batch_tokens: int = option(8192, "padded tokens per backward pass")
+    logit_chunk: int = option(2 ** 25, "logits held at once in the update")
+    eval_questions: int = option(500, "held-out questions per evaluation")
+    eval_every: int = option(0, "steps between evaluations (0: before and after only)")
+    checkpoint_every: int = option(10, "steps between checkpoints")
+    articles: int = option(1000, "size of the toy wiki")
+    wiki_seed: int = option(0, "seed of the toy wiki")
+    show_every: int = option(10, "steps between printed episodes")
+
+    def __post_init__(self):
+        for name, names in (("advantage", ADVANTAGES), ("predictor", PREDICTORS)):
+            if getattr(self, name) not in (*names, *[""] * (name == "advantage")):
+                raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(names)}")
+        for name, low in LOWEST.items():
+            if not getattr(self, name) >= low:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, "
+                                 f"got {getattr(self, name)}")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.is_tiny = self.model == "tiny"
+        self.model_path = str(HERE / "tiny") if self.is_tiny else self.model
+        sizes = (40, 160, 768) if self.is_tiny else (128, 256, 4096)
+        for name, size in zip(("turn_tokens", "observation_tokens", "context"), sizes):
+            setattr(self, name, getattr(self, name) or size)
+        self.arm = ARMS[self.method]
+        self.predictor = self.arm.predictor or self.predictor
+        self.advantage = self.advantage or self.arm.advantage
+
+
+# ---------------------------------------------------------------- data
+class Data(NamedTuple):
+    env: ReActEnv
+    train: list
+    eval_env: ReActEnv
+    eval: list
+
+
+def load_data(config):
+    """Questions to train and to evaluate on, disjoint, with the environments they live in."""
+    if config.data == "toy":
+        world = make_world(config.articles, config.wiki_seed)
+        env = ReActEnv(world.wiki, config.max_turns)
+        num = min(NUM_TOY_QUESTIONS, 4 * config.articles)
+        try:
+            return Data(env, make_questions(world, num, split="train"),
+                        env, make_questions(world, config.eval_questions, split="eval"))
+        except ValueError as error:
+            raise UsageError(f"--eval-questions, --articles: {error}") from None
+    questions, wiki = load_questions(config.data)
+    env = eval_env = ReActEnv(wiki, config.max_turns)
+    if config.eval_only:
+        return Data(env, [], env, questions)
+    if config.eval_data:
+        held_out, eval_wiki = load_questions(config.eval_data)
+        eval_env = ReActEnv(eval_wiki, config.max_turns)
+    else:  # a fifth, by hash of the id
+        held_out = [q for q in questions
+                    if int.from_bytes(blake2b(q.id.encode(), digest_size=4).digest()) % 5 == 0]
+    known = {q.id for q in held_out}
+    questions = [q for q in questions if q.id not in known]
+    if not questions or not held_out:
+        raise UsageError(f"--data {config.data}: too few questions to train and to evaluate on")
+    return Data(env, questions, eval_env, held_out[:config.eval_questions])
+
+
+def draw_pool(questions, num, cursor, seed):
+    """The next `num` different questions (fewer where there are not so many) of an endless
+    shuffle, one epoch after another. -> (questions, new cursor)"""
+    pool = {}
+    while len(pool) < min(num, len(questions)):
+        epoch, place = divmod(cursor, len(questions))
+        order = np.random.default_rng([seed, 1, epoch]).permutation(len(questions))
+        for i in order[place:]:
+            if len(pool) == num:
+                break
+            pool[questions[i].id] = questions[i]
+            cursor += 1
+    return list(pool.values()), cursor
+
+
+# ---------------------------------------------------------------- evaluation
+def evaluate(policy, env, questions, progress=None):
+    """Greedy episodes -> {em, f1 (0 to 1), tokens (sampled, per episode), by_hops, by_kind,
+    by_trap (exact match of groups; toy questions name the traps they hold), predictions}."""
+    scores, predictions, tokens = {}, {}, 0
+    size = max(1, policy.cache_tokens // policy.context)
+    for i in range(0, len(questions), size):
+        roots = [policy.root(q, env) for q in questions[i:i + size]]
+        for leaf in grow(policy, env, roots, [1] * len(roots), temperature=0):
+            question = leaf.state.question
+            predictions[question.id] = leaf.state.prediction or ""
+            scores[question.id] = question.score(leaf.state.prediction)
+        tokens += sum(sampled_tokens(root) for root in roots)
+        if progress:
+            progress(len(roots))
+
+    def mean_by(keys):
+        groups = defaultdict(list)
+        for q in questions:
+            for key in keys(q):
+                groups[str(key)].append(scores[q.id]["em"])
+        return {name: float(np.mean(values)) for name, values in sorted(groups.items())}
+
+    return {"em": float(np.mean([s["em"] for s in scores.values()])),
+            "f1": float(np.mean([s["f1"] for s in scores.values()])),
+            "tokens": tokens / len(questions), "by_hops": mean_by(lambda q: [q.num_hops]),
+            "by_kind": mean_by(lambda q: [q.kind]),
+            "by_trap": mean_by(lambda q: getattr(q, "traps", ())), "predictions": predictions}
+
+
+# ---------------------------------------------------------------- the loop
+def train_step(config, state, policy, predictor, data):
+    """One step of TRACE -> (trees, metrics). The numbers are those of the method's steps."""
+    arm, env, clock, key = config.arm, data.env, Clock(), (config.seed, state.step)
+    rng = np.random.default_rng([config.seed, 2, state.step])
+    num_continuations = 0 if arm.prefixes == "none" else config.num_continuations  # N
+
+    # 1. Candidate pool. What the budget has left says how many bare rollouts (M) it buys.
+    left = config.budget * (state.step + 1) - state.sampled_tokens
+    cost = state.bare_cost + num_continuations * state.continuation_cost
+    num_bare = max(2, int(left / max(1.0, cost)))
+    group_size = max(2, round(config.group_size / (1 + num_continuations)))
+    size = arm.pool * max(1, num_bare // group_size) or config.pool_size
+    questions, state.cursor = draw_pool(data.train, size, state.cursor, config.seed)
+    pool = [policy.root(question, env) for question in questions]
+    with clock("predict"):
+        prefill(policy, pool)
+        v = predict(predictor, pool)
+
+    # 2. Stage 1: which prompts are rolled out, and how often.
+    with clock("allocate"):
+        seen = np.array([state.visits.get(root.state.question.id, (0.0, 0.0)) for root in pool])
+        m = ROOT_RULES[arm.roots](Anchors(v, successes=seen[:, 0], failures=seen[:, 1],
+                                          group_size=group_size, cap=config.cap), num_bare, rng)
+    roots, v, m = [root for root, count in zip(pool, m) if count], v[m > 0], m[m > 0]
+
+    # 3. Bare rollouts.
+    with clock("sample"):
+        bare = grow(policy, env, roots, m, key)
+    bare_tokens = sum(map(sampled_tokens, roots))
+    state.count_visits(roots)
+
+    # 4. Stage 2: where each prompt continues from, among the prefixes of its own rollouts.
+    owned = [prefixes(root) for root in roots]
+    anchors = [node for pairs in owned for node, _ in pairs]
+    with clock("predict"):
+        chances = predict(predictor, anchors)
+    with clock("allocate"):
+        can = np.array([len(pairs) > 0 for pairs in owned])
+        shares = deal_in_proportion(m * can, num_continuations * int(m.sum()))
+        k, start = np.zeros(len(anchors), int), 0
+        for pairs, share in zip(owned, shares):
+            own = slice(start, start := start + len(pairs))
+            outcomes = np.array([reward for _, reward in pairs], int)
+            k[own] = PREFIX_RULES[arm.prefixes](Anchors(chances[own], outcomes), int(share), rng)
+
+    # 5. Continuations, from the prefixes themselves.
+    with clock("sample"):
+        continuations = grow(policy, env, anchors, k, key)
+    for node in (node for root in pool for node in nodes(root)):
+        node.cache = None  # nothing grows from here any more
+
+    # 6. Targets, bottom up.
+    for root in roots:
+        backup(root)
+
+    # 7. The predictor: scored on what it has not seen yet, then updated.
+    with clock("predict"):
+        scores = score_and_update(predictor, roots)
+
+    # 8. The policy: tree credit, and one update.
+    with clock("update"):
+        credits = [advantages(root, config.advantage) for root in roots]
+        updated = policy.update([credit for credit in credits if credit])
+
+    tokens = sum(map(sampled_tokens, roots))
+    state.advance(len(bare), bare_tokens, len(continuations), tokens - bare_tokens)
+    turns = [node for root in roots for node in nodes(root)[1:]]
+    return roots, {
+        "step": state.step, "method": config.method, "seed": config.seed,
+        "sampled_tokens": state.sampled_tokens, "leaves": len(bare) + len(continuations),
+        "reward_mean": float(np.mean([leaf.reward for leaf in bare])),
+        "effective_ratio": float(np.mean([has_contrast(root) for root in roots])),
+        "predicted_effective_ratio": float(np.mean(
+            mixed_prob(v, np.array([root.num_leaves for root in roots])))),
+        "active_prompts": len(roots), "group_size_mean": float(m.mean()),
+        "leaves_per_prompt": (len(bare) + len(continuations)) / len(roots),
+        "coverage": len(state.visits) / len(data.train), **scores, **updated,
+        "cut_observations": sum(node.cut_observation for node in turns),
+        "overflowed_episodes": sum(node.overflowed for node in turns),
+        **{f"time_{name}_s": round(clock[name], 3) for name in clock}}
+
+
+# ---------------------------------------------------------------- a run and its folder
+def train(config, policy, data, folder):
+    """Train in a run folder, from the start or (--resume) from its newest checkpoint on."""
+    predictor = PREDICTORS[config.predictor](policy=policy, env=data.env, seed=config.seed)
+    state = State()
+    if config.resume:
+        saved = load_checkpoint(folder)
+        state = State(**saved["state"])
+        policy.load_state_dict(saved["policy"])
+        predictor.load_state_dict(saved["predictor"])
+    metrics = Lines(folder / "metrics.jsonl", state.metrics_bytes)
+    evals = Lines(folder / "evals.jsonl", state.evals_bytes)
+
+    def save():
+        policy.save_adapter(folder / "adapter")
+        draw_curve(folder)
+        state.metrics_bytes, state.evals_bytes = metrics.tell(), evals.tell()
+        save_checkpoint(folder, state.step, {
+            "state": vars(state), "policy": policy.state_dict(),
+            "predictor": predictor.state_dict()})
+
+    def score():
+        with tqdm(total=len(data.eval), desc="evaluate", unit="question", leave=False) as bar:
+            result = evaluate(policy, data.eval_env, data.eval, bar.update)
+        write_predictions(folder, data.eval, result.pop("predictions"))
+        evals.write({"step": state.step, "sampled_tokens": state.sampled_tokens, **result})
+        say(f"held-out exact match {100 * result['em']:.1f} %, F1 {100 * result['f1']:.1f} % after "
+            f"{state.sampled_tokens:,} sampled tokens; by hops " + ", ".join(
+                f"{hops}: {100 * em:.0f} %" for hops, em in result["by_hops"].items()))
+        return result
+
+    if state.bare_cost == 0:
+        save()
+        state.bare_cost = state.continuation_cost = max(1.0, score()["tokens"])
+        save()
+    stopped = []
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(True) or say(
+        "Ctrl-C: finishing this step; once more stops at once") or signal.signal(
+            signal.SIGINT, signal.default_int_handler))
+    for _ in tqdm(range(state.step, config.steps), initial=state.step, total=config.steps,
+                  desc=config.method, unit="step"):
+        trees, row = train_step(config, state, policy, predictor, data)
+        say(describe(row))
+        if config.show_every and state.step % config.show_every == 0:
+            say(transcript(policy, path(leaves(trees[0])[0])))
+        last = state.step == config.steps
+        if last or (config.eval_every and state.step % config.eval_every == 0):
+            result = score()
+            row.update(eval_em=result["em"], eval_f1=result["f1"])
+        metrics.write(row)
+        if last or stopped or state.step % config.checkpoint_every == 0:
+            save()
+        if stopped and not last:
+            return say(f"saved after step {state.step}; go on with: "
+                       f"python trace_mini.py --resume {folder}")
+    say(f"done: metrics.jsonl, curve.png, predictions and adapter/ are in {folder}")
+
+
+def eval_only(config, policy, data, folder):
+    """Score every question of the file, train nothing."""
+    with tqdm(total=len(data.eval), desc="evaluate", unit="question") as bar:
+        result = evaluate(policy, data.eval_env, data.eval, bar.update)
+    write_predictions(folder, data.eval, result.pop("predictions"))
+    write_json(folder / "eval.json", result)
+    say(f"{len(data.eval)} questions: exact match {100 * result['em']:.1f} %, "
+        f"F1 {100 * result['f1']:.1f} %")
+
+
+# ---------------------------------------------------------------- command line
+def run(config):
+    if config.resume:
+        folder = Path(config.resume)
+        step = load_checkpoint(folder)["state"]["step"]
+        if step >= config.steps and not config.eval_only:
+            return say(f"{folder}: already at its last step; --steps N goes further")
+    else:
+        data = "toy" if config.data == "toy" else Path(config.data).stem
+        folder = fresh_folder(config.out, f"{config.method}-{data}-s{config.seed}")
+    say(f"{folder}: {config.method}, model {config.model}, data {config.data}, seed {config.seed}, "
+        f"on {config.device}; {config.steps} steps of {config.budget:,} sampled tokens")
+    data, policy = load_data(config), load_policy(config)
+    if not config.eval_only or not config.resume:
+        start_folder(folder, config)
+    elif config.eval_only:
+        policy.load_state_dict(load_checkpoint(folder)["policy"])
+    if policy.notice:
+        say(policy.notice)
+    if config.eval_only:
+        return eval_only(config, policy, data, folder)
+    train(config, policy, data, folder)
+
+
+def main(arguments=None):
+    """-> exit code: 0, 2 for what the user can mend (one line says what), 130 for Ctrl-C."""
+    try:
+        run(parse_config(Config, __doc__, arguments))
+    except (UsageError, DataError, ModelError) as error:
+        print(f"trace_mini.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
