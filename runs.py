@@ -128,10 +128,10 @@ class State:
         """One step is done: what it spent."""
         self.step += 1
         self.sampled_tokens += bare_tokens + continuation_tokens
-        self.bare_cost += 0.2 * (bare_tokens / num_bare - self.bare_cost)
+        self.bare_cost += 0.3 * (bare_tokens / num_bare - self.bare_cost)
         if num_continuations:
             cost = continuation_tokens / num_continuations
-            self.continuation_cost += 0.2 * (cost - self.continuation_cost)
+            self.continuation_cost += 0.3 * (cost - self.continuation_cost)
 
 
 class Clock(dict):

@@ -77,7 +77,7 @@ class Config:
     data: str = option("toy", "toy, or a HotpotQA / 2WikiMultihopQA .json or MuSiQue .jsonl file")
     eval_data: str = option("", "another file to evaluate on (default: a fifth of --data)")
     method: str = option("trace", "which arm", choices=tuple(ARMS))
-    steps: int = option(24, "training steps")
+    steps: int = option(40, "training steps")
     seed: int = option(0, "seed of everything that is random")
     out: str = option("", "run folder (default: runs/METHOD-DATA-sSEED, numbered if it exists)")
     resume: str = option("", "run folder to continue")
@@ -99,8 +99,8 @@ class Config:
     turn_tokens: int = option(0, "tokens per turn at most (0: 40 for tiny, else 128)")
     observation_tokens: int = option(0, "an observation is cut here (0: 160 for tiny, else 256)")
     context: int = option(0, "tokens per path at most (0: 768 for tiny, else 4096)")
-    cache_tokens: int = option(262144, "cache columns of the episodes sampled together")
-    micro_batch_tokens: int = option(8192, "padded tokens per backward pass")
+    cache_tokens: int = option(131072, "cache columns of the episodes sampled together")
+    micro_batch_tokens: int = option(4096, "padded tokens per backward pass")
     logit_chunk: int = option(2 ** 25, "logits held at once in the update")
     eval_questions: int = option(500, "held-out questions per evaluation")
     eval_every: int = option(0, "steps between evaluations (0: before and after only)")
@@ -325,7 +325,8 @@ def train(config, policy, data, folder):
 
     if state.bare_cost == 0:
         save()
-        state.bare_cost = state.continuation_cost = max(1.0, score()["tokens"])
+        state.bare_cost = max(1.0, score()["tokens"])
+        state.continuation_cost = 0.6 * state.bare_cost  # a first guess, soon replaced
         save()
     stopped = []
     signal.signal(signal.SIGINT, lambda *_: stopped.append(True) or say(

@@ -179,7 +179,7 @@ def build_tiny(folder=Path(__file__).resolve().parent / "tiny", clean_steps=1200
     report()
 
 
-def report(num_questions=250, num_rollouts=64):
+def report(num_questions=100, num_rollouts=32):
     """Print greedy accuracy and the spread of success probabilities, by kind and hop count."""
     from trace_mini import Config, evaluate, load_data
     config = Config(eval_questions=num_questions)

@@ -74,12 +74,13 @@ def test_resuming_a_finished_run_says_so(finished, capsys):
 
 @pytest.mark.parametrize("method", ARMS)
 def test_every_arm_spends_the_same(method, tmp_path):
-    """Cumulative sampled tokens follow one schedule in every arm, within one step's surplus."""
+    """Cumulative sampled tokens follow one schedule in every arm: what a step overspends or
+    leaves over carries to the next, so the gap stays within half a step's (here tiny) budget."""
     folder = tmp_path / method
     assert main(["--method", method, "--steps", "3", "--out", str(folder), *SMALL]) == 0
     rows = metrics(folder)
     assert len(rows) == 3 and rows[-1]["method"] == method
-    assert abs(rows[-1]["sampled_tokens"] - 3 * 1200) < 0.35 * 1200
+    assert abs(rows[-1]["sampled_tokens"] - 3 * 1200) < 0.5 * 1200
     assert rows[-1]["loss"] is not None and np.isfinite(rows[-1]["grad_norm"])
 
 
