@@ -117,6 +117,9 @@ class Config:
             if not getattr(self, name) >= low:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, "
                                  f"got {getattr(self, name)}")
+        if self.eval_data and (self.data == "toy" or self.eval_only):
+            raise UsageError("--eval-data goes with training on a --data file; without one, or "
+                             "with --eval-only, name the file as --data")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.is_tiny = self.model == "tiny"
         self.model_path = str(HERE / "tiny") if self.is_tiny else self.model

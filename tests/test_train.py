@@ -135,6 +135,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, finished):
              (["--method", "ppo"], "method"), (["--steps", "-1"], "steps"),
              (["--budget", "0"], "budget"), (["--turn-tokens", "-5"], "turn-tokens"),
              (["--eval-questions", "1000000"], "eval-questions"),
+             (["--eval-data", "some.json"], "eval-data"),
              (["--advantage", "x"], "advantage"), (["--predictor", "x"], "predictor"),
              (["--data", str(tmp_path / "none.json")], "none.json"),
              (["--data", str(tmp_path / "shape.json")], "shape.json"),
