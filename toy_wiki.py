@@ -387,7 +387,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of the wiki")
     parser.add_argument("--oracle", type=int, metavar="N", help="let the oracle answer N questions")
     parser.add_argument("--build-tiny", action="store_true",
-                        help="rebuild the embedded policy in tiny/ (about 30 minutes on two cores)")
+                        help="rebuild the embedded policy in tiny/ (about 18 minutes on two cores)")
     args = parser.parse_args()
     if args.build_tiny:
         from warm_start import build_tiny

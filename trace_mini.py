@@ -11,7 +11,7 @@ the paper, or left open by it and chosen here:
     A turn that several rollouts share is trained once.
  4. One update per batch, so there is nothing to clip, and no KL term.
  5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).
- 6. Pool size, group size and learning rate were chosen by looking at GRPO alone.
+ 6. Pool size, group size and learning rate are first guesses: nothing is tuned yet.
 """
 import signal
 import sys

@@ -8,7 +8,7 @@
    reinforcement learning can repair. No stage sees a chain of four hops.
 
 The wikis of stages 2 and 3 (seeds from 1,000,000 on) are never used again: training and
-evaluation happen on articles that the policy has not seen.
+evaluation happen on articles that the policy has not seen. Muon needs torch 2.9 or newer.
 """
 import itertools
 import random
@@ -132,8 +132,7 @@ def fit(model, stream, num_steps, rate, log, nf4=False):
     """Weighted next-token prediction with Muon on the matrices of the layers and AdamW on the
     rest (`rate` scales both); the padding on the right is never attended to. With
     `nf4`, forward and backward passes see the weights rounded to NF4 (straight-through), so
-    that the policy is at home in the four bits it will be loaded in; from the start on that
-    would keep it from learning to copy."""
+    that the policy is at home in the four bits it will be loaded in."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=0.02 * rate, weight_decay=0.01),

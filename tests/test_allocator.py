@@ -464,3 +464,11 @@ def test_cost_aware_prefixes_are_optimal_for_the_tokens_they_spend():
         rivals = everything[everything @ p.cost <= k @ p.cost + 1e-9]
         best = flip_prob(p.v, p.outcome, rivals).sum(axis=1).max()
         assert flip_prob(p.v, p.outcome, k).sum() >= best - 1e-12
+
+
+@pytest.mark.parametrize("shares, total, want", [
+    ([1, 1, 1], 6, [2, 2, 2]), ([3, 1, 0], 8, [6, 2, 0]), ([1, 1, 1], 4, [2, 1, 1]),
+    ([0, 0], 5, [0, 0]), ([5], 0, [0])])
+def test_deal_in_proportion(shares, total, want):
+    """A prompt without a share gets nothing; the rest sums to the total, earlier first."""
+    assert allocator.deal_in_proportion(np.array(shares), total).tolist() == want

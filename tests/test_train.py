@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import trace_mini
-from trace_mini import ARMS, main
+from trace_mini import ARMS, draw_pool, main
 
 SMALL = ["--budget", "1200", "--eval-questions", "20", "--pool-size", "12", "--articles", "300",
          "--checkpoint-every", "1"]
@@ -82,6 +82,17 @@ def test_every_arm_spends_the_same(method, tmp_path):
     assert len(rows) == 3 and rows[-1]["method"] == method
     assert abs(rows[-1]["sampled_tokens"] - 3 * 1200) < 0.5 * 1200
     assert rows[-1]["loss"] is not None and np.isfinite(rows[-1]["grad_norm"])
+
+
+def test_a_pool_never_holds_a_question_twice(data):
+    """Also across epochs: two copies would share their random numbers, token for token."""
+    few, cursor, seen = data.train[:10], 0, []
+    for _ in range(7):
+        pool, cursor = draw_pool(few, 7, cursor, seed=0)
+        assert len({q.id for q in pool}) == len(pool) == 7
+        seen += pool
+    assert {q.id for q in seen} == {q.id for q in few}
+    assert len(draw_pool(few, 99, 3, seed=0)[0]) == 10
 
 
 def random_model(folder, hidden_size=64):
