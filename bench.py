@@ -100,7 +100,8 @@ def plain_react(policy, env, questions):
             return torch.tensor([bool(policy.may_end[row[-1]] and ended(policy, (row, row[:])))
                                  for row in rows], device=ids.device)
 
-    stop, sampled = Ended(), 0
+    stop, sampled, plain = Ended(), 0, policy.plain
+    policy.plain = []  # as peft and bitsandbytes compute it
     live = [(env.reset(q), policy.root(q, env).ids.tolist()) for q in questions]
     while live:
         stop.start = max(len(ids) for _, ids in live)
@@ -122,6 +123,7 @@ def plain_react(policy, env, questions):
             if not episode.done and len(ids + turn + more) + 64 < policy.context:
                 going_on.append((episode, ids + turn + more))
         live = going_on
+    policy.plain = plain
     return sampled
 
 

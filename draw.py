@@ -15,7 +15,6 @@ from tree import nodes, path
 COLOURS = BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY, BROWN = (  # Okabe and Ito, and two
     "black", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "gray", "sienna")
 STYLES = "-o", "--s", "-.D", ":^", "-v", "--P", "-.X", ":*", "-p"
-T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student, 97.5 %, df 1 to 9
 
 
 class Picture(Figure):
@@ -51,7 +50,8 @@ def draw_curve(folder):
 
 
 def draw_arms(rows, file, y="eval_em", ylabel="held-out exact match"):
-    """Write the mean of `y` per arm over its seeds, with a 95 % t-interval; -> Path. A row: {arm,
+    """Write the mean of `y` per arm over its seeds, and from three seeds on a 95 % t-interval; ->
+    Path. A row: {arm,
     seed, sampled_tokens, y}, where y is a share, 0 to 1; rows without y are passed over."""
     points = {}  # {arm: {seed: [(tokens, y)]}}
     for row in (row for row in rows if row.get(y) is not None):
@@ -60,12 +60,14 @@ def draw_arms(rows, file, y="eval_em", ylabel="held-out exact match"):
     bands = {arm: mean_and_band([np.array(sorted(curve)).T for curve in seeds.values()])
              for arm, seeds in points.items()}
     known = [*dict.fromkeys(["grpo", "pcl", "treepo", "root", "prefix", "trace", "oracle", *bands])]
+    known = known if len(known) <= len(STYLES) else list(bands)
     axes = (figure := Picture(figsize=(6.4, 5), layout="constrained")).subplots()
     for arm in sorted(bands, key=lambda arm: -bands[arm][1][-1]):
         (x, mean, half), i = bands[arm], known.index(arm) % 9  # alike in all figures
         axes.plot(x, mean, STYLES[i], color=COLOURS[i], markevery=(i, 10),
                   label=f"{arm}, seeds: {len(points[arm])}")
-        axes.fill_between(x, mean - half, mean + half, color=COLOURS[i], alpha=0.15, lw=0)
+        if len(points[arm]) > 2:  # t is 12.7 for two seeds: nothing else could be seen
+            axes.fill_between(x, mean - half, mean + half, color=COLOURS[i], alpha=0.15, lw=0)
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     _label(axes, ylabel + " (mean, 95 % interval)", ncols=2)
     return figure.write(file)
@@ -75,8 +77,17 @@ def mean_and_band(curves, num=50):
     """(x, mean, half of its 95 % t-interval), [num] each, of curves [(x, y)] on their common x."""
     x = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), num)
     y, n = np.array([np.interp(x, *curve) for curve in curves]), len(curves)  # [curves, num]
-    t = T[n - 2] if n < 11 else 1.96 + 2.6 / (n - 1)  # the latter to within 0.5 %
-    return x, y.mean(0), t * y.std(0, ddof=1) / n ** 0.5 if n > 1 else np.zeros(num)
+    half = student_t(n - 1) * y.std(0, ddof=1) / n ** 0.5 if n > 1 else np.zeros(num)
+    return x, y.mean(0), half
+
+
+def student_t(df):
+    """t with P(|T| < t) = 0.95 at `df` degrees of freedom, to 5 digits: T = sqrt(df) tan(angle),
+    and the density of the angle goes with cos(angle)^(df - 1)."""
+    angle = np.linspace(0, np.pi / 2, 20001)
+    density = np.cos(angle) ** (df - 1)
+    below = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    return float(df ** 0.5 * np.tan(np.interp(0.95 * below[-1], below, angle)))
 
 
 def _label(axes, ylabel, xlabel="sampled tokens since the start", ncols=1):

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from glob import escape as glob_escape
 from glob import glob
 
@@ -21,6 +22,8 @@ from tree import Node, nodes, path
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks the old way
+
+PLAIN_BYTES = 2 ** 28  # a model whose layers fit in this samples with plain matrices
 
 
 class ModelError(ValueError):
@@ -45,6 +48,9 @@ class Policy:
         self.few_shot, self.notice = not config.is_tiny, ""
         self.cache_tokens = config.cache_tokens
         layers = [m for m in self.body.modules() if hasattr(m, "base_layer")]
+        self.dtype = torch.bfloat16 if config.device == "cuda" else torch.float32
+        size = sum(m.in_features * m.out_features for m in layers) * self.dtype.itemsize
+        self.plain = layers if size <= PLAIN_BYTES else []
         size = base.config.hidden_size * base.config.num_hidden_layers
         self.attention_scale = sum(m.in_features * m.out_features for m in layers) / (2 * size)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -108,13 +114,27 @@ class Policy:
     def sampling(self):
         """eval() and no gradients, but the 4-bit layers stay in training mode: on some CPUs
         their first forward pass in eval mode repacks the weights for inference, and from then
-        on no gradient reaches the layers below. They hold no dropout, so nothing else changes."""
+        on no gradient reaches the layers below. They hold no dropout, so nothing else changes.
+
+        A small model also samples with plain matrices W + BA, made once per call instead of
+        unpacking W and adding BA at every token. They are thrown away: nothing is merged into
+        the 4-bit weights, and the update computes through the layers as they are."""
+        from peft.utils.integrations import dequantize_module_weight
         self.model.eval()
         for module in self.model.modules():
             if type(module).__name__ == "Linear4bit":
                 module.train()
         with torch.no_grad():
-            yield
+            for module in self.plain:
+                weight = dequantize_module_weight(module.base_layer).to(self.dtype)
+                weight = weight + module.get_delta_weight("default").to(self.dtype)
+                module.forward = partial(torch.nn.functional.linear, weight=weight,
+                                         bias=module.base_layer.bias)
+            try:
+                yield
+            finally:
+                for module in self.plain:
+                    module.__dict__.pop("forward", None)
 
     # ------------------------------------------------------------ log-probs
     def token_logprobs(self, hidden, ids):
@@ -143,9 +163,8 @@ class Policy:
         length = max(sum(len(n.ids) for n in row_nodes) for row_nodes, _ in rows)
         ids = np.zeros((len(rows), length), np.int64)
         positions = np.tile(np.arange(length), (len(rows), 1))
-        is_path = all(n.parent is m for row_nodes, _ in rows
-                      for m, n in zip([None, *row_nodes], row_nodes))
-        mask = None if is_path else np.tile(np.eye(length, dtype=bool), (len(rows), 1, 1))
+        paths = all(is_path(row_nodes) for row_nodes, _ in rows)
+        mask = None if paths else np.tile(np.eye(length, dtype=bool), (len(rows), 1, 1))
         at_row, at_column, targets = [], [], []
         for r, (row_nodes, owned) in enumerate(rows):
             first, end = {}, 0  # column where each node begins
@@ -153,7 +172,7 @@ class Policy:
                 first[node], start, end = end, end, end + len(node.ids)
                 ids[r, start:end] = node.ids
                 positions[r, start:end] = np.arange(node.length - len(node.ids), node.length)
-                if not is_path:
+                if not paths:
                     mask[r, start:end, start:end] = np.tri(end - start, dtype=bool)
                     if node.parent is not None:  # sees what its parent's last token sees
                         above = first[node.parent] + len(node.parent.ids) - 1
@@ -165,7 +184,7 @@ class Policy:
                 at_column += columns[:node.num_sampled]  # each column predicts the next token
                 targets.append(node.ids[:node.num_sampled])
         ids, positions = (torch.tensor(x, device=self.device) for x in (ids, positions))
-        if not is_path:
+        if not paths:
             mask = torch.tensor(mask[:, None], device=self.device)  # [R, 1, T, T]
         hidden = self.body(input_ids=ids, position_ids=positions, attention_mask=mask,
                            use_cache=False).last_hidden_state
@@ -228,13 +247,16 @@ class Policy:
         return length + attended * length ** 2 / self.attention_scale
 
     def micro_batches(self, rows):
-        """Batches of at most `micro_batch_tokens` padded tokens, similar lengths together."""
-        rows = sorted(rows, key=lambda row: sum(len(n.ids) for n in row[0]))
-        while rows:
-            longest = sum(len(n.ids) for n in rows[-1][0])
-            size = max(1, self.config.micro_batch_tokens // longest)
-            yield rows[-size:]
-            del rows[-size:]
+        """Batches of at most `micro_batch_tokens` padded tokens, similar lengths together, paths
+        apart from packs: those need a mask, which the attention of paths is faster without."""
+        for alike in ([row for row in rows if is_path(row[0])],
+                      [row for row in rows if not is_path(row[0])]):
+            alike.sort(key=lambda row: sum(len(n.ids) for n in row[0]))
+            while alike:
+                longest = sum(len(n.ids) for n in alike[-1][0])
+                size = max(1, self.config.micro_batch_tokens // longest)
+                yield alike[-size:]
+                del alike[-size:]
 
     # ------------------------------------------------------------ state
     def state_dict(self):
@@ -318,6 +340,11 @@ def import_bitsandbytes():
         del sys.modules["kernels"]
         if hidden is not None:
             sys.modules["kernels"] = hidden
+
+
+def is_path(row_nodes):
+    """Is each node the parent of the next?"""
+    return all(n.parent is m for m, n in zip([None, *row_nodes], row_nodes))
 
 
 def first_line(error):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rollout import grow
-from tree import Node, backup, nodes, path_ids
+from tree import TARGETS, Node, backup, path_ids
 
 CLIP = 0.02  # probabilities stay in [CLIP, 1 − CLIP]: nothing is ever given up for good
 
@@ -117,7 +117,7 @@ class CountsPredictor:
     def update(self, features, targets, weights):
         error = weighted_error(self.predict(features), targets, weights)
         for node, target, weight in zip(features.anchors, targets, weights):
-            if node.depth == 0:  # a root's target is over all leaves of the prompt
+            if node.depth == 0:  # a root's target is over the rollouts of the prompt
                 name = node.state.question.id
                 wins, losses = self.counts.get(name, (0.0, 0.0))
                 self.counts[name] = [float(wins + weight * target),
@@ -201,12 +201,19 @@ def predict(predictor, anchors):
     return values
 
 
-def score_and_update(predictor, roots):
-    """Score what was predicted against V̂, which it had not seen; then learn from all anchors
-    of the step. -> metrics"""
-    anchors = [node for root in roots for node in nodes(root) if node.hidden is not None]
-    targets = np.array([node.value for node in anchors])
-    weights = np.array([node.num_leaves for node in anchors], float)
+def lessons(roots, targets="all"):
+    """All anchors of backed-up trees, their targets [n] by a rule of tree.TARGETS, and their
+    weights [n], the numbers of leaves behind the targets."""
+    triples = [(node, *pair) for root in roots for node, pair in TARGETS[targets](root).items()
+               if node.hidden is not None]
+    anchors, values, weights = zip(*triples)
+    return anchors, np.array(values), np.array(weights, float)
+
+
+def score_and_update(predictor, roots, targets="all"):
+    """Score what was predicted against its targets, which it had not seen; then learn from all
+    anchors of the step. -> metrics"""
+    anchors, targets, weights = lessons(roots, targets)
     scored = [i for i, node in enumerate(anchors) if node.predicted is not None]
     predicted = np.array([anchors[i].predicted for i in scored])
     return {"predictor_brier": brier(predicted, targets[scored], weights[scored]),

@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from tree import leaves
+from tree import leaves, path
 
 
-VISIT_DECAY = 0.9  # per visit, of a prompt's counted successes and failures
+DECAY = 0.9  # of counted outcomes and tokens, whenever a step adds to them
+COST_DECAY = 0.7  # per step, of the counts from which the cost of a rollout is forecast
 
 
 class UsageError(ValueError):
@@ -109,29 +111,52 @@ class State:
     step: int = 0
     cursor: int = 0                            # questions drawn so far
     sampled_tokens: int = 0
-    bare_cost: float = 0.0                     # running means, sampled tokens per rollout
-    continuation_cost: float = 0.0
-    visits: dict = field(default_factory=dict)  # question id -> [successes, failures]
+    num_costed: float = 0.0                    # bare rollouts, decayed by step, and the tokens
+    tokens_costed: float = 0.0                 # ... they and their continuations took
+    visits: dict = field(default_factory=dict)  # question id -> (successes, failures)
+    below: dict = field(default_factory=dict)  # depth -> (bare rollouts, tokens they went on for)
     metrics_bytes: int = 0                     # lengths of the files at the last checkpoint
     evals_bytes: int = 0
 
-    def count_visits(self, roots):
-        """Add the outcomes of these prompts' bare rollouts to their decayed counts."""
+    def first_cost(self, episode_tokens, num_continuations):
+        """A guess, worth two rollouts: a continuation costs 0.6 of an episode."""
+        self.num_costed = 2.0
+        self.tokens_costed = 2 * max(1.0, episode_tokens) * (1 + 0.6 * num_continuations)
+
+    def num_bare(self, budget):
+        """M: bare rollouts that the schedule buys now, at least 2. The schedule is `budget`
+        tokens per step from the start, so what earlier steps overspent or left is carried."""
+        left = budget * (self.step + 1) - self.sampled_tokens
+        return max(2, int(left * self.num_costed / max(1.0, self.tokens_costed)))
+
+    def count_bare(self, roots):
+        """Add these prompts' bare rollouts, before any continuation, to the decayed counts."""
+        below = {}  # depth -> tokens sampled after it, by rollout
         for root in roots:
             rewards = [leaf.reward for leaf in leaves(root)]
             wins, losses = self.visits.get(root.state.question.id, (0.0, 0.0))
             self.visits[root.state.question.id] = (
-                VISIT_DECAY * wins + sum(rewards),
-                VISIT_DECAY * losses + len(rewards) - sum(rewards))
+                DECAY * wins + sum(rewards), DECAY * losses + len(rewards) - sum(rewards))
+            for leaf in leaves(root):
+                for node in path(leaf)[:-1]:
+                    tokens = sum(later.num_sampled for later in path(leaf)[node.depth + 1:])
+                    below.setdefault(node.depth, []).append(tokens)
+        for depth, tokens in below.items():
+            num, total = self.below.get(depth, (0.0, 0))
+            self.below[depth] = (DECAY * num + len(tokens), DECAY * total + sum(tokens))
 
-    def advance(self, num_bare, bare_tokens, num_continuations, continuation_tokens):
+    def expected_tokens(self, anchors):
+        """Sampled tokens that a rollout from each anchor may cost, [n] >= 1: the mean by depth
+        of bare rollouts, which unlike continuations were not picked by what came of them."""
+        means = [total / num for num, total in (self.below.get(a.depth, (1, 1)) for a in anchors)]
+        return np.maximum(1.0, means)
+
+    def advance(self, num_bare, tokens):
         """One step is done: what it spent."""
         self.step += 1
-        self.sampled_tokens += bare_tokens + continuation_tokens
-        self.bare_cost += 0.3 * (bare_tokens / num_bare - self.bare_cost)
-        if num_continuations:
-            cost = continuation_tokens / num_continuations
-            self.continuation_cost += 0.3 * (cost - self.continuation_cost)
+        self.sampled_tokens += tokens
+        self.num_costed = COST_DECAY * self.num_costed + num_bare
+        self.tokens_costed = COST_DECAY * self.tokens_costed + tokens
 
 
 class Clock(dict):
@@ -174,13 +199,18 @@ def parse_config(Config, description, arguments):
     if other := sorted(set(given) - {"resume", "steps", "eval_only"}):
         raise UsageError("--resume goes on with the run's own configuration; beside it stand only "
                          f"--steps and --eval-only, not --{other[0].replace('_', '-')}")
-    file = Path(given["resume"]) / "config.json"
+    return read_config(Config, given["resume"], **given)
+
+
+def read_config(Config, folder, **changed):
+    """Configuration of the run in `folder`, with some dials changed."""
+    file = Path(folder) / "config.json"
     try:
-        return Config(**{**json.loads(file.read_text()), **given})
+        return Config(**{**json.loads(file.read_text()), **changed})
     except UsageError:
         raise
     except OSError:
-        raise UsageError(f"--resume {given['resume']}: no run there (no config.json)") from None
+        raise UsageError(f"{folder}: no run there (no config.json)") from None
     except (ValueError, TypeError) as error:
         raise UsageError(f"{file}: not a configuration of ours ({error})") from None
 

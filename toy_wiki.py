@@ -133,7 +133,8 @@ def _article(rng, title, kind, word, titles):
         value = title
         while value == title:  # nobody is their own teacher
             value = (str(rng.randrange(1000, 2000)) if relation.target == "year" else
-                     "".join(rng.choices(SYLLABLES, k=2)) if relation.target == "coin" else
+                     "".join(rng.choices(SYLLABLES, k=2)).capitalize()
+                     if relation.target == "coin" else
                      rng.choice(titles[relation.target]))
         subject = f"the {word}" if rng.random() < 0.7 else bare
         told.append((relation, value, rng.choice(relation.sentences).format(
@@ -147,7 +148,7 @@ def _article(rng, title, kind, word, titles):
             others = [name for name in rng.sample(titles["person"], 2) if name != title]
             sentences.insert(rng.randrange(len(sentences)),
                              f"An earlier {tail.name} is {rng.choice(others)}.")
-    sentences.insert(0, f"{bare} is a {word}.")
+    sentences.insert(0, f"{bare} is {'an' if word[0] in 'aeiou' else 'a'} {word}.")
     for relation, value, sentence in told:
         place = sentences.index(sentence)
         facts[relation.name] = Fact(value, 0 if place < SHOWN_SENTENCES else 1 + sum(
@@ -185,7 +186,7 @@ def _question(world, kind, starts, relations, goal, text, answer, path, traps):
         relations=relations, goal=goal, traps=tuple(sorted(traps)) or ("none",))
 
 
-HOP_WEIGHTS = (0.36, 0.32, 0.22, 0.1)  # of chains with 1 to 4 hops
+HOP_WEIGHTS = (0.36, 0.32, 0.22, 0.1, 0.1, 0.1)  # of chains with 1 to 6 hops
 
 
 def _chain(world, rng, start, max_hops):
@@ -304,7 +305,8 @@ def oracle(question, slip=never):
     decides where it goes wrong: warm_start.py makes flawed demonstrations of it."""
     values = []
     for start in question.starts:
-        thought = f"I look for {start.split(' (')[0]}." if not values else f"It is {values[-1]}."
+        thought = (f"The {question.relations[-1]} is {values[-1]}." if values else
+                   f"I look for {start.split(' (')[0]}.")
         value = yield from _walk(question, start, thought, slip)
         if value is None:
             yield turn("I do not know.", "Finish", "unknown")
@@ -314,14 +316,15 @@ def oracle(question, slip=never):
             break
         if question.goal == "same" and slip("assume_yes"):
             break
+    last = f"The {question.relations[-1]} is {value}."
     if question.goal == "value":
-        yield turn(f"The {question.relations[-1]} is {value}.", "Finish", value)
+        yield turn(last, "Finish", value)
     elif question.goal == "same":
         answer = "yes" if len(set(values)) == 1 else "no"
-        yield turn(f"It is {values[-1]}.", "Finish", answer)
+        yield turn(last, "Finish", answer)
     else:
         pick = (min if question.goal == "earlier" else max)(values)
-        yield turn(f"It is {values[-1]}.", "Finish", question.starts[values.index(pick)])
+        yield turn(last, "Finish", question.starts[values.index(pick)])
 
 
 def _walk(question, start, thought, slip):
@@ -387,7 +390,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of the wiki")
     parser.add_argument("--oracle", type=int, metavar="N", help="let the oracle answer N questions")
     parser.add_argument("--build-tiny", action="store_true",
-                        help="rebuild the embedded policy in tiny/ (about 18 minutes on two cores)")
+                        help="rebuild the embedded policy in tiny/ (about 15 minutes on two cores)")
     args = parser.parse_args()
     if args.build_tiny:
         from warm_start import build_tiny

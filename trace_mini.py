@@ -15,7 +15,7 @@ the paper, or left open by it and chosen here:
 """
 import signal
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -34,40 +34,44 @@ from rollout import grow, prefill
 from runs import (Clock, Lines, State, UsageError, describe, load_checkpoint, fresh_folder,
                   parse_config, save_checkpoint, say, start_folder, transcript, write_json)
 from toy_wiki import make_questions, make_world
-from tree import (ADVANTAGES, advantages, backup, has_contrast, leaves, nodes, path, prefixes,
-                  sampled_tokens)
+from tree import (ADVANTAGES, TARGETS, advantages, backup, has_contrast, leaves, nodes, path,
+                  prefixes, sampled_tokens)
 
 HERE = Path(__file__).resolve().parent
 NUM_TOY_QUESTIONS = 4000
-LOWEST = {"steps": 0, "budget": 1, "num_continuations": 1, "pool_size": 1, "group_size": 2,
-          "cap": 2, "learning_rate": 0, "lora_rank": 1, "temperature": 1e-3, "top_p": 1e-3,
-          "max_turns": 1, "eval_questions": 1, "checkpoint_every": 1, "articles": 100,
-          "eval_every": 0, "seed": 0, "turn_tokens": 0, "observation_tokens": 0, "context": 0,
-          "cache_tokens": 1, "micro_batch_tokens": 1, "logit_chunk": 1, "show_every": 0}
+LOWEST = {"steps": 0, "budget": 1, "num_continuations": 0, "pool_size": 1, "group_size": 2,
+          "cap": 2, "concentration": 0, "floor": 0, "learning_rate": 0, "lora_rank": 1,
+          "temperature": 1e-3, "top_p": 1e-3, "max_turns": 1, "eval_questions": 1,
+          "checkpoint_every": 1, "articles": 100, "final_eval_questions": 0, "eval_every": 0,
+          "seed": 0, "turn_tokens": 0, "observation_tokens": 0, "context": 0, "cache_tokens": 1,
+          "micro_batch_tokens": 1, "logit_chunk": 1, "show_every": 0}
 
 
 class Arm(NamedTuple):
-    """A method is three choices; README says how to add one."""
-    roots: str      # key of allocator.ROOT_RULES
-    prefixes: str   # key of allocator.PREFIX_RULES
-    advantage: str  # key of tree.ADVANTAGES
-    pool: int = 0   # candidates per group that M buys; 0: --pool-size candidates
-    predictor: str = ""  # instead of --predictor
+    """A method is a choice of names. One's own: a function and its line in the dict named
+    here, then a flag of the same name, or a line in ARMS."""
+    root_rule: str    # key of allocator.ROOT_RULES
+    prefix_rule: str  # key of allocator.PREFIX_RULES
+    advantage: str    # key of tree.ADVANTAGES
+    predictor: str = "head"  # key of predictor.PREDICTORS
 
 
 ARMS = {
-    "grpo": Arm("uniform", "none", "grpo", pool=1),
-    "pcl": Arm("pcl", "none", "grpo", pool=4),
-    "treepo": Arm("uniform", "random", "treepo", pool=1),
+    "grpo": Arm("uniform", "none", "grpo"),
+    "pcl": Arm("pcl", "none", "grpo"),
+    "treepo": Arm("uniform", "random", "treepo"),
     "root": Arm("trace", "none", "grpo"),
-    "prefix": Arm("uniform", "trace", "grpo", pool=1),
+    "prefix": Arm("uniform", "trace", "grpo"),
     "trace": Arm("trace", "trace", "grpo"),
-    "oracle": Arm("trace", "trace", "grpo", predictor="oracle"),
+    "oracle": Arm("trace", "trace", "grpo", "oracle"),
 }
+POOL = {"uniform": 1, "pcl": 4, "mopps": 4}  # candidates per group; other rules: --pool-size
+NAMES = {"method": ARMS, "root_rule": ROOT_RULES, "prefix_rule": PREFIX_RULES,
+         "advantage": ADVANTAGES, "predictor": PREDICTORS, "targets": TARGETS}
 
 
-def option(default, text, **kwargs):
-    return field(default=default, metadata={"help": text, **kwargs})
+def option(default, text):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -76,7 +80,7 @@ class Config:
     model: str = option("tiny", "tiny (embedded), a hub id, or a local folder")
     data: str = option("toy", "toy, or a HotpotQA / 2WikiMultihopQA .json or MuSiQue .jsonl file")
     eval_data: str = option("", "another file to evaluate on (default: a fifth of --data)")
-    method: str = option("trace", "which arm", choices=tuple(ARMS))
+    method: str = option("trace", f"which arm: {', '.join(ARMS)}")
     steps: int = option(40, "training steps")
     seed: int = option(0, "seed of everything that is random")
     out: str = option("", "run folder (default: runs/METHOD-DATA-sSEED, numbered if it exists)")
@@ -88,8 +92,15 @@ class Config:
     pool_size: int = option(64, "candidate prompts per step of the arms that choose among them")
     group_size: int = option(8, "leaves per prompt, about, of the arms with equal groups")
     cap: int = option(16, "most bare rollouts of one prompt")
-    advantage: str = option("", "tree credit rule (default: the arm's own)")
-    predictor: str = option("head", "success predictor")
+    root_rule: str = option("", f"stage 1: {', '.join(ROOT_RULES)} (default: the arm's own)")
+    prefix_rule: str = option("", f"stage 2: {', '.join(PREFIX_RULES)} (default: the arm's own)")
+    concentration: float = option(0.0, "trace rules: pseudo-count of a Beta posterior around the "
+                                  "predictions (0: they are taken as certain)")
+    floor: float = option(0.0, "trace rules: share of the rollouts that is spread uniformly")
+    cost_aware: bool = option(False, "trace rules: gain per expected token, not per rollout")
+    advantage: str = option("", f"tree credit: {', '.join(ADVANTAGES)} (default: the arm's own)")
+    predictor: str = option("", f"{', '.join(PREDICTORS)} (default: the arm's own, mostly head)")
+    targets: str = option("all", "the predictor learns from all leaves, or from fresh ones only")
     learning_rate: float = option(6e-4, "of AdamW on the LoRA weights")
     lora_rank: int = option(16, "rank of the LoRA adapters")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
@@ -103,6 +114,8 @@ class Config:
     micro_batch_tokens: int = option(4096, "padded tokens per backward pass")
     logit_chunk: int = option(2 ** 25, "logits held at once in the update")
     eval_questions: int = option(500, "held-out questions per evaluation")
+    final_eval_questions: int = option(0, "held-out questions after the last step; the others "
+                                       "are scored on the first of them (0: --eval-questions)")
     eval_every: int = option(0, "steps between evaluations (0: before and after only)")
     checkpoint_every: int = option(10, "steps between checkpoints")
     articles: int = option(1000, "size of the toy wiki")
@@ -110,12 +123,16 @@ class Config:
     show_every: int = option(10, "steps between printed episodes")
 
     def __post_init__(self):
-        for name, names in (("advantage", ADVANTAGES), ("predictor", PREDICTORS)):
-            if getattr(self, name) not in (*names, *[""] * (name == "advantage")):
-                raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(names)}")
+        for name, names in NAMES.items():  # the method comes first: it fills in the others
+            if name in Arm._fields and not getattr(self, name):
+                setattr(self, name, getattr(ARMS[self.method], name))
+            if getattr(self, name) not in names:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: "
+                                 f"choose from {', '.join(names)}")
         for name, low in LOWEST.items():
-            if not getattr(self, name) >= low:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, "
+            high = 1 if name in ("floor", "top_p") else 1e12
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(f"--{name.replace('_', '-')} must be from {low} to {high:g}, "
                                  f"got {getattr(self, name)}")
         if self.eval_data and (self.data == "toy" or self.eval_only):
             raise UsageError("--eval-data goes with training on a --data file; without one, or "
@@ -126,9 +143,7 @@ class Config:
         sizes = (40, 160, 768) if self.is_tiny else (128, 256, 4096)
         for name, size in zip(("turn_tokens", "observation_tokens", "context"), sizes):
             setattr(self, name, getattr(self, name) or size)
-        self.arm = ARMS[self.method]
-        self.predictor = self.arm.predictor or self.predictor
-        self.advantage = self.advantage or self.arm.advantage
+        self.num_continuations *= self.prefix_rule != "none"
 
 
 # ---------------------------------------------------------------- data
@@ -141,13 +156,14 @@ class Data(NamedTuple):
 
 def load_data(config):
     """Questions to train and to evaluate on, disjoint, with the environments they live in."""
+    num_eval = max(config.eval_questions, config.final_eval_questions)
     if config.data == "toy":
         world = make_world(config.articles, config.wiki_seed)
         env = ReActEnv(world.wiki, config.max_turns)
         num = min(NUM_TOY_QUESTIONS, 4 * config.articles)
         try:
             return Data(env, make_questions(world, num, split="train"),
-                        env, make_questions(world, config.eval_questions, split="eval"))
+                        env, make_questions(world, num_eval, split="eval"))
         except ValueError as error:
             raise UsageError(f"--eval-questions, --articles: {error}") from None
     questions, wiki = load_questions(config.data)
@@ -164,7 +180,7 @@ def load_data(config):
     questions = [q for q in questions if q.id not in known]
     if not questions or not held_out:
         raise UsageError(f"--data {config.data}: too few questions to train and to evaluate on")
-    return Data(env, questions, eval_env, held_out[:config.eval_questions])
+    return Data(env, questions, eval_env, held_out[:num_eval])
 
 
 def draw_pool(questions, num, cursor, seed):
@@ -215,17 +231,17 @@ def evaluate(policy, env, questions, progress=None):
 # ---------------------------------------------------------------- the loop
 def train_step(config, state, policy, predictor, data):
     """One step of TRACE -> (trees, metrics). The numbers are those of the method's steps."""
-    arm, env, clock, key = config.arm, data.env, Clock(), (config.seed, state.step)
+    env, clock, key = data.env, Clock(), (config.seed, state.step)
     rng = np.random.default_rng([config.seed, 2, state.step])
-    num_continuations = 0 if arm.prefixes == "none" else config.num_continuations  # N
+    group_size = max(2, round(config.group_size / (1 + config.num_continuations)))
+    dials = {"group_size": group_size, "cap": config.cap, "floor": config.floor,
+             "concentration": config.concentration, "cost_aware": config.cost_aware}
 
-    # 1. Candidate pool. What the budget has left says how many bare rollouts (M) it buys.
-    left = config.budget * (state.step + 1) - state.sampled_tokens
-    cost = state.bare_cost + num_continuations * state.continuation_cost
-    num_bare = max(2, int(left / max(1.0, cost)))
-    group_size = max(2, round(config.group_size / (1 + num_continuations)))
-    size = arm.pool * max(1, num_bare // group_size) or config.pool_size
-    questions, state.cursor = draw_pool(data.train, size, state.cursor, config.seed)
+    # 1. Candidate pool, large enough for all bare rollouts (M) that the schedule buys.
+    num_bare = state.num_bare(config.budget)
+    size = POOL.get(config.root_rule, 0) * max(1, num_bare // group_size) or config.pool_size
+    questions, state.cursor = draw_pool(
+        data.train, max(size, -(-num_bare // config.cap)), state.cursor, config.seed)
     pool = [policy.root(question, env) for question in questions]
     with clock("predict"):
         prefill(policy, pool)
@@ -234,15 +250,15 @@ def train_step(config, state, policy, predictor, data):
     # 2. Stage 1: which prompts are rolled out, and how often.
     with clock("allocate"):
         seen = np.array([state.visits.get(root.state.question.id, (0.0, 0.0)) for root in pool])
-        m = ROOT_RULES[arm.roots](Anchors(v, successes=seen[:, 0], failures=seen[:, 1],
-                                          group_size=group_size, cap=config.cap), num_bare, rng)
+        m = ROOT_RULES[config.root_rule](Anchors(
+            v, successes=seen[:, 0], failures=seen[:, 1], cost=state.expected_tokens(pool),
+            **dials), num_bare, rng)
     roots, v, m = [root for root, count in zip(pool, m) if count], v[m > 0], m[m > 0]
 
     # 3. Bare rollouts.
     with clock("sample"):
         bare = grow(policy, env, roots, m, key)
-    bare_tokens = sum(map(sampled_tokens, roots))
-    state.count_visits(roots)
+    state.count_bare(roots)
 
     # 4. Stage 2: where each prompt continues from, among the prefixes of its own rollouts.
     owned = [prefixes(root) for root in roots]
@@ -250,13 +266,15 @@ def train_step(config, state, policy, predictor, data):
     with clock("predict"):
         chances = predict(predictor, anchors)
     with clock("allocate"):
+        cost = state.expected_tokens(anchors)
         can = np.array([len(pairs) > 0 for pairs in owned])
-        shares = deal_in_proportion(m * can, num_continuations * int(m.sum()))
+        shares = deal_in_proportion(m * can, config.num_continuations * int(m.sum()))
         k, start = np.zeros(len(anchors), int), 0
         for pairs, share in zip(owned, shares):
             own = slice(start, start := start + len(pairs))
             outcomes = np.array([reward for _, reward in pairs], int)
-            k[own] = PREFIX_RULES[arm.prefixes](Anchors(chances[own], outcomes), int(share), rng)
+            k[own] = PREFIX_RULES[config.prefix_rule](
+                Anchors(chances[own], outcomes, cost=cost[own], **dials), int(share), rng)
 
     # 5. Continuations, from the prefixes themselves.
     with clock("sample"):
@@ -270,15 +288,14 @@ def train_step(config, state, policy, predictor, data):
 
     # 7. The predictor: scored on what it has not seen yet, then updated.
     with clock("predict"):
-        scores = score_and_update(predictor, roots)
+        scores = score_and_update(predictor, roots, config.targets)
 
     # 8. The policy: tree credit, and one update.
     with clock("update"):
         credits = [advantages(root, config.advantage) for root in roots]
         updated = policy.update([credit for credit in credits if credit])
 
-    tokens = sum(map(sampled_tokens, roots))
-    state.advance(len(bare), bare_tokens, len(continuations), tokens - bare_tokens)
+    state.advance(len(bare), sum(map(sampled_tokens, roots)))
     turns = [node for root in roots for node in nodes(root)[1:]]
     return roots, {
         "step": state.step, "method": config.method, "seed": config.seed,
@@ -287,7 +304,7 @@ def train_step(config, state, policy, predictor, data):
         "effective_ratio": float(np.mean([has_contrast(root) for root in roots])),
         "predicted_effective_ratio": float(np.mean(
             mixed_prob(v, np.array([root.num_leaves for root in roots])))),
-        "active_prompts": len(roots), "group_size_mean": float(m.mean()),
+        "active_prompts": len(roots), "group_sizes": dict(sorted(Counter(m.tolist()).items())),
         "leaves_per_prompt": (len(bare) + len(continuations)) / len(roots),
         "coverage": len(state.visits) / len(data.train), **scores, **updated,
         "cut_observations": sum(node.cut_observation for node in turns),
@@ -316,20 +333,24 @@ def train(config, policy, data, folder):
             "state": vars(state), "policy": policy.state_dict(),
             "predictor": predictor.state_dict()})
 
-    def score():
-        with tqdm(total=len(data.eval), desc="evaluate", unit="question", leave=False) as bar:
-            result = evaluate(policy, data.eval_env, data.eval, bar.update)
-        write_predictions(folder, data.eval, result.pop("predictions"))
-        evals.write({"step": state.step, "sampled_tokens": state.sampled_tokens, **result})
+    def score(last=False):
+        first = data.eval[:config.eval_questions]
+        questions = data.eval if last and config.final_eval_questions else first
+        with tqdm(total=len(questions), desc="evaluate", unit="question", leave=False) as bar:
+            result = evaluate(policy, data.eval_env, questions, bar.update)
+        predictions = result.pop("predictions")
+        write_predictions(folder, questions, predictions)
+        em_first = float(np.mean([q.score(predictions[q.id])["em"] for q in first]))
+        evals.write({"step": state.step, "sampled_tokens": state.sampled_tokens,
+                     "num_questions": len(questions), "em_first": em_first, **result})
         say(f"held-out exact match {100 * result['em']:.1f} %, F1 {100 * result['f1']:.1f} % after "
             f"{state.sampled_tokens:,} sampled tokens; by hops " + ", ".join(
                 f"{hops}: {100 * em:.0f} %" for hops, em in result["by_hops"].items()))
         return result
 
-    if state.bare_cost == 0:
+    if state.num_costed == 0:
         save()
-        state.bare_cost = max(1.0, score()["tokens"])
-        state.continuation_cost = 0.6 * state.bare_cost  # a first guess, soon replaced
+        state.first_cost(score()["tokens"], config.num_continuations)
         save()
     stopped = []
     signal.signal(signal.SIGINT, lambda *_: stopped.append(True) or say(
@@ -343,7 +364,7 @@ def train(config, policy, data, folder):
             say(transcript(policy, path(leaves(trees[0])[0])))
         last = state.step == config.steps
         if last or (config.eval_every and state.step % config.eval_every == 0):
-            result = score()
+            result = score(last)
             row.update(eval_em=result["em"], eval_f1=result["f1"])
         metrics.write(row)
         if last or stopped or state.step % config.checkpoint_every == 0:

@@ -100,6 +100,26 @@ def backup(root):
             node.value = sum(c.num_leaves * c.value for c in node.children) / node.num_leaves
 
 
+def all_targets(root):
+    """{node: (V̂, n)}: what Ṽ learns, over all leaves below the node, as in the paper."""
+    return {y: (y.value, y.num_leaves) for y in nodes(root)}
+
+
+def fresh_targets(root):
+    """{node: (target, its leaves)} without the bias of all_targets: stage 2 expands a prefix
+    because of its own outcome, so that outcome must not count there. Over the rollouts that
+    started at the node (at the root the bare ones, at an expanded prefix its continuations);
+    where none did, the outcome of the rollout that the node is a turn of."""
+    reward, result = {leaf.sample: leaf.reward for leaf in leaves(root)}, {}
+    for y in nodes(root):
+        started = [c.sample for c in y.children if y is root or c.sample != y.sample] or [y.sample]
+        result[y] = sum(reward[sample] for sample in started) / len(started), len(started)
+    return result
+
+
+TARGETS = {"all": all_targets, "fresh": fresh_targets}
+
+
 def has_contrast(root):
     """At least one success and one failure among the leaves (after backup)."""
     return root.num_leaves > 0 and 0.0 < root.value < 1.0

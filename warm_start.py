@@ -12,12 +12,13 @@ evaluation happen on articles that the policy has not seen. Muon needs torch 2.9
 """
 import itertools
 import random
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from allocator import mixed_prob
@@ -25,25 +26,28 @@ from policy import import_bitsandbytes, load_policy
 from predictor import monte_carlo_value
 from react_env import ReActEnv, observation_text, prompt_text
 from toy_wiki import make_questions, make_world, never, oracle, run_agent
+from toy_words import SYLLABLES
 
 bnb = import_bitsandbytes()
 END = "<|end|>"
-VOCABULARY, WIDTH, LAYERS = 1536, 128, 5  # widths are multiples of the NF4 block, 64
+VOCABULARY, WIDTH, LAYERS = 1024, 128, 5  # widths are multiples of the NF4 block, 64
 FIRST_WIKI = 1_000_000
+BATCH, OTHERS = 48, 0.1  # demonstrations per step; loss weight of tokens that it only reads
 
 # How often the demonstrator slips where it could: the rates of stage 3. They are what the
 # policy has to unlearn. Relations differ, so that some questions are nearly hopeless and
 # others a coin's toss.
 FAULTS = {
-    "early_stop": 0.65,    # answers before the last hop of a chain of three
-    "confuse": {"birthplace": 0.85, "teacher": 0.5, "mayor": 0.7, "capital": 0.4,
-                "founder": 0.85, "author": 0.3, "winner": 0.6},
+    "early_stop": 0.45,    # answers before the last hop of a chain of three
+    "confuse": {"birthplace": 0.8, "founder": 0.8, "mayor": 0.8, "winner": 0.75,
+                "teacher": 0.7, "capital": 0.65, "student": 0.65, "author": 0.6, "judge": 0.6,
+                "deathplace": 0.3},
     "give_up": 0.6,        # "unknown" after a search that found nothing
-    "no_lookup": 0.7,      # never looks for what the first sentences do not tell
-    "one_side": 0.6,       # compares after reading one article
-    "assume_yes": 0.7,     # says yes after reading one article
+    "no_lookup": 0.45,     # never looks for what the first sentences do not tell
+    "one_side": 0.7,       # compares after reading one article
+    "assume_yes": 0.75,    # says yes after reading one article
     "first_choice": 0.5,   # takes the first of several namesakes
-    "no_check": 0.6,       # and does not notice
+    "no_check": 0.5,       # and does not notice
 }
 
 
@@ -69,42 +73,95 @@ def demonstrations(seed, slip, max_hops=3, per_wiki=100):
             yield pieces[:-1]  # nothing follows Finish
 
 
+SYLLABLE = f"(?:{'|'.join(SYLLABLES)})"
+
+
 def make_tokenizer(num_texts=3000):
-    """Byte-level BPE over demonstrations; its one special token is end and padding."""
-    bpe = ByteLevelBPETokenizer()
-    texts = itertools.islice(demonstrations(0, never), num_texts)
-    bpe.train_from_iterator(("".join(text for text, _ in pieces) for pieces in texts),
-                            vocab_size=VOCABULARY, special_tokens=[END], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END, pad_token=END)
+    """Byte-level BPE over demonstrations; its one special token is end and padding.
+
+    Copying names is most of what the policy must learn, so a name has the same few tokens
+    everywhere: a space before a capital stands alone ("[Belkan" and " Belkan" share theirs),
+    no merge reaches over a syllable, and years are pairs of digits."""
+    def apart(match):
+        return "-".join(re.findall(f"{SYLLABLE}|ia", match[0], re.I))
+    texts = ["".join(text for text, _ in pieces)
+             for pieces in itertools.islice(demonstrations(0, never), num_texts)]
+    texts = [re.sub(rf"\b{SYLLABLE}{{2,}}(ia)?", apart, text, flags=re.I) for text in texts]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" (?=[\p{Lu}\d])"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\d\d"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 
 def make_model():
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=2, intermediate_size=448,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0)
-    return LlamaForCausalLM(config)
+        max_position_embeddings=2048, tie_word_embeddings=True, attention_bias=True, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:  # stays zero: biases are for queries, keys and values
+        layer.self_attn.o_proj.bias.requires_grad_(False)
+    with torch.no_grad():
+        wire_copying(model)
+    return model
 
 
-def encode(tokenizer, pieces, other_weight):
-    """-> ids and loss weights (1 on the policy's own tokens), each piece tokenised apart."""
+def wire_copying(model, sharpness=5.0, match=1.7, size=0.1):
+    """Begin with induction heads (Olsson et al. 2022) instead of waiting for them: found by
+    gradient descent alone they took most of the warm start, and names came out mixed.
+
+    Layer 0: constant queries and keys make heads that look one and two tokens back and write
+    what they see into other directions of the stream. Layer 1: two heads look for a place
+    where the token before was the present one, and copy what stands there. With R and S
+    random rotations of the stream: rows of R read a token, columns of S hold the one before.
+    All of it is a starting point: training goes on from there."""
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    size_of_head = first.head_dim
+    generator = torch.Generator().manual_seed(0)
+    model.model.embed_tokens.weight.normal_(0, WIDTH ** -0.5, generator=generator)
+    R, S = (torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0] for _ in "RS")
+    heads = [slice(i * size_of_head, (i + 1) * size_of_head) for i in range(4)]
+    both = slice(0, 2 * size_of_head)  # the two key-value heads
+    angles = model.model.rotary_emb.inv_freq
+    key = torch.cat([torch.ones_like(angles), torch.zeros_like(angles)])
+    first.k_proj.bias.copy_(sharpness * torch.cat([key, key]))
+    for head, back in zip(heads, (1, 2, 1, 2)):
+        first.q_proj.bias[head] = sharpness * torch.cat([(back * angles).cos(),
+                                                         -(back * angles).sin()])
+    first.v_proj.weight.copy_(R[both])
+    first.o_proj.weight.copy_(size * S)
+    for part, head in zip(heads, (heads[0], heads[2])):  # `part` of R is what `head` wrote
+        second.k_proj.weight[part] = match * S[:, head].T
+        second.q_proj.weight[head] = match * R[part]
+        second.o_proj.weight[:, head] = size * R[part].T
+    second.v_proj.weight.copy_(R[both])
+
+
+def encode(tokenizer, pieces):
+    """-> ids and loss weights, each piece tokenised apart."""
     ids, weights = [], []
     for text, is_action in pieces:
         piece = tokenizer(text, add_special_tokens=False).input_ids
         ids += piece
-        weights += [1.0 if is_action else other_weight] * len(piece)
+        weights += [1.0 if is_action else OTHERS] * len(piece)
     return ids, weights
 
 
-def batches(tokenizer, stream, batch_size, other_weight, buffer=16):
-    """Endless padded batches of similar length: ids and weights, [batch_size, length]."""
+def batches(tokenizer, stream, buffer=16):
+    """Endless padded batches of similar length: ids and weights, [BATCH, length]."""
     rng = random.Random(0)
     while True:
-        chunk = [encode(tokenizer, pieces, other_weight)
-                 for pieces in itertools.islice(stream, buffer * batch_size)]
+        chunk = [encode(tokenizer, pieces)
+                 for pieces in itertools.islice(stream, buffer * BATCH)]
         chunk.sort(key=lambda pair: len(pair[0]))
-        groups = [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
+        groups = [chunk[i:i + BATCH] for i in range(0, len(chunk), BATCH)]
         rng.shuffle(groups)
         for group in groups:
             length = max(len(ids) for ids, _ in group)
@@ -128,7 +185,7 @@ def round_to_nf4(model):
     return before
 
 
-def fit(model, stream, num_steps, rate, log, nf4=False):
+def fit(model, stream, num_steps, rate, name, nf4=False):
     """Weighted next-token prediction with Muon on the matrices of the layers and AdamW on the
     rest (`rate` scales both); the padding on the right is never attended to. With
     `nf4`, forward and backward passes see the weights rounded to NF4 (straight-through), so
@@ -158,27 +215,27 @@ def fit(model, stream, num_steps, rate, log, nf4=False):
             update.step()
         if step % 50 == 0:
             own = (losses * (weight == 1)).sum() / (weight == 1).sum()
-            log(f"step {step:5d}  loss {loss:.3f}  own tokens {own:.3f}  "
-                f"{time.time() - start:.0f} s")
+            print(f"{name}: step {step:5d}  loss {loss:.3f}  own tokens {own:.3f}  "
+                  f"{time.time() - start:.0f} s", flush=True)
 
 
-def build_tiny(folder=Path(__file__).resolve().parent / "tiny", clean_steps=1200, flawed_steps=600):
+def build_tiny(folder=Path(__file__).resolve().parent / "tiny"):
     """Build the embedded policy from its seed and report its spread. The weights are shipped on
     the NF4 grid in half precision: loaded in 4 bits or in 16, it is the same policy."""
     torch.manual_seed(0)
     tokenizer, model = make_tokenizer(), make_model()
-    for name, slip, seed, steps, rate in (
-            ("clean", never, 1, clean_steps, 1.0),
-            ("flawed", flawed(random.Random(2)), 2, flawed_steps, 0.5)):
-        fit(model, batches(tokenizer, demonstrations(seed, slip), 48, 0.2), steps, rate,
-            lambda line: print(f"{name}: {line}", flush=True), nf4=name == "flawed")
+    easy = itertools.islice(demonstrations(1, never, max_hops=1), 150 * BATCH)
+    clean = itertools.chain(easy, demonstrations(2, never))
+    fit(model, batches(tokenizer, clean), 1000, 0.7, "clean")
+    fit(model, batches(tokenizer, demonstrations(3, flawed(random.Random(3)))), 350, 0.35,
+        "flawed", nf4=True)
     round_to_nf4(model)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report()
 
 
-def report(num_questions=100, num_rollouts=32):
+def report(num_questions=100, num_rollouts=64):
     """Print greedy accuracy and the spread of success probabilities, by kind and hop count."""
     from trace_mini import Config, evaluate, load_data
     config = Config(eval_questions=num_questions)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from draw import draw_arms, draw_curve, draw_tree, mean_and_band, tree_text
+from draw import draw_arms, draw_curve, draw_tree, mean_and_band, student_t, tree_text
 from react_env import Episode, Question
 from tree import Node, backup, nodes
 
@@ -92,10 +92,16 @@ def test_band_is_the_t_interval():
     x, mean, half = mean_and_band(curves)
     assert (x[0], x[-1]) == (2, 8), "only where all the seeds have been"
     np.testing.assert_allclose(mean, 2)
-    np.testing.assert_allclose(half, 4.303 * 1.0 / 3 ** 0.5)
+    np.testing.assert_allclose(half, 4.30265 * 1.0 / 3 ** 0.5, rtol=1e-5)
     assert not mean_and_band(curves[:1])[2].any()
     many = mean_and_band([curves[1], curves[2]] * 30)[2]  # t = 2.001 at 59 degrees of freedom
-    np.testing.assert_allclose(many, 2.001 * (0.25 * 60 / 59 / 60) ** 0.5, rtol=0.005)
+    np.testing.assert_allclose(many, 2.001 * (0.25 * 60 / 59 / 60) ** 0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("df, t", [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645),
+                                   (9, 2.26216), (19, 2.09302), (30, 2.04227), (1000, 1.96234)])
+def test_student_t_is_that_of_the_printed_tables(df, t):
+    assert student_t(df) == pytest.approx(t, rel=1e-5)
 
 
 def test_arms_are_drawn_with_gaps_and_strangers(tmp_path):

@@ -1,12 +1,16 @@
 """Predictors learn, are scored before they learn, and survive a checkpoint."""
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from predictor import CLIP, PREDICTORS, Features, auroc, brier
+from predictor import (CLIP, PREDICTORS, Features, auroc, brier, features, lessons, predict,
+                       score_and_update)
+from rollout import grow
+from tree import all_targets, backup, fresh_targets, nodes, prefixes
 
 WIDTH = 8
 POLICY = SimpleNamespace(body=SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH)))
@@ -74,3 +78,74 @@ def test_scores_against_their_definitions():
     assert auroc(predicted, wins / weights, weights) == pytest.approx(np.mean(beats))
     assert auroc(predicted, np.ones(30), weights) is None
     assert auroc(predicted, np.zeros(30), weights) is None
+
+
+def grown(policy, env, questions):
+    """Trees of two bare rollouts each, with a continuation from every other prefix."""
+    roots = [policy.root(question, env) for question in questions]
+    grow(policy, env, roots, [2] * len(roots), (0, 0))
+    anchors = [node for root in roots for node, _ in prefixes(root)]
+    grow(policy, env, anchors, [(i + 1) % 2 for i in range(len(anchors))], (0, 0))
+    for root in roots:
+        backup(root)
+    return roots
+
+
+@pytest.fixture(scope="module")
+def trees(policy, data):
+    return grown(policy, data.env, data.train[:8])
+
+
+def test_nothing_privileged_among_the_features(trees, policy, data):
+    """Other answers, gold titles, hops and kind: the same prompts, turns, features and
+    predictions, though the question keeps nothing but its id and text."""
+    others = [replace(question, answers=("nothing",), gold_titles=("Nowhere",), num_hops=99,
+                      kind="unheard of") for question in data.train[:8]]
+    anchors, other = ([node for root in roots for node in nodes(root) if node.hidden is not None]
+                      for roots in (trees, grown(policy, data.env, others)))
+    for node in other:
+        question = node.state.question
+        node.state = replace(node.state, question=SimpleNamespace(
+            id=question.id, text=question.text))
+    assert len(anchors) > 8
+    assert np.array_equal(features(anchors).hidden, features(other).hidden)
+    assert np.array_equal(features(anchors).plain, features(other).plain)
+    for name in LEARNT:
+        predictor = PREDICTORS[name](policy)
+        assert np.array_equal(predict(predictor, anchors), predict(predictor, other))
+
+
+@pytest.mark.parametrize("rule, targets_of", [("all", all_targets), ("fresh", fresh_targets)])
+def test_scored_and_trained_on_the_same_targets(rule, targets_of, trees, policy):
+    class Recorder:
+        def update(self, features, targets, weights):
+            self.seen = dict(zip(features.anchors, zip(targets, weights)))
+            return 0.0
+
+    recorder, predictor = Recorder(), PREDICTORS["constant"]()
+    anchors, targets, weights = lessons(trees, rule)
+    chances = predict(predictor, anchors)
+    chances[0] = anchors[0].predicted = 0.9
+    metrics = score_and_update(recorder, trees, rule)
+    want = {node: pair for root in trees for node, pair in targets_of(root).items()
+            if node.hidden is not None}
+    assert recorder.seen == want and set(want) == set(anchors)
+    assert metrics["predictor_brier"] == pytest.approx(brier(chances, targets, weights))
+    assert metrics["predictor_auroc"] == auroc(chances, targets, weights)
+
+
+def test_fresh_targets_of_sampled_trees(trees):
+    """Rollouts are told apart by their sample numbers; every leaf counts once where it began."""
+    for root in trees:
+        targets = fresh_targets(root)
+        assert targets[root] == (np.mean([own_reward(c) for c in root.children]), 2)
+        started = sum(num for node, (_, num) in targets.items() if node is root or any(
+            child.sample != node.sample for child in node.children))
+        assert started == root.num_leaves
+
+
+def own_reward(node):
+    """Reward of the rollout that `node` belongs to, followed down its own turns."""
+    while not node.is_leaf:
+        node = next(child for child in node.children if child.sample == node.sample)
+    return node.reward

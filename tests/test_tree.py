@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tree import (ADVANTAGES, EPSILON, Node, advantages, backup, has_contrast, leaves, nodes, path,
-                  path_ids, prefixes, sampled_tokens)
+from tree import (ADVANTAGES, EPSILON, TARGETS, Node, advantages, backup, has_contrast, leaves,
+                  nodes, path, path_ids, prefixes, sampled_tokens)
 
 
-def turn(parent, first_id, reward=None, num_sampled=2):
+def turn(parent, first_id, reward=None, num_sampled=2, sample=0):
     state = SimpleNamespace(done=reward is not None, reward=reward or 0.0)
     ids = np.arange(first_id, first_id + num_sampled + (reward is None))  # one observation id
-    return Node(ids.astype(np.int32), num_sampled, state, parent)
+    return Node(ids.astype(np.int32), num_sampled, state, parent, sample=sample)
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def tree():
     t = {"root": root, "a": turn(root, 10)}
     t["b"] = turn(t["a"], 20)
     t["c"] = turn(t["b"], 30, 1.0)
-    t["g"] = turn(root, 70)
-    t["h"] = turn(t["g"], 80, 0.0)
-    t["i"] = turn(root, 90, 1.0)
+    t["g"] = turn(root, 70, sample=1)
+    t["h"] = turn(t["g"], 80, 0.0, sample=1)
+    t["i"] = turn(root, 90, 1.0, sample=2)
     t["owners"] = prefixes(root)
-    t["d"] = turn(t["a"], 40)
-    t["e"] = turn(t["d"], 50, 0.0)
-    t["f"] = turn(t["a"], 60, 0.0)
+    t["d"] = turn(t["a"], 40, sample=3)
+    t["e"] = turn(t["d"], 50, 0.0, sample=3)
+    t["f"] = turn(t["a"], 60, 0.0, sample=4)
     backup(root)
     return t
 
@@ -45,6 +45,24 @@ def test_targets(tree):
     assert {name: tree[name].value for name in want} == pytest.approx(want)
     assert [tree[name].num_leaves for name in ("root", "a", "b", "g", "i")] == [5, 3, 1, 1, 1]
     assert has_contrast(tree["root"])
+
+
+@pytest.mark.parametrize("rule, want", [
+    ("all", {"root": (2 / 5, 5), "a": (1 / 3, 3), "b": (1, 1), "d": (0, 1), "g": (0, 1)}),
+    # bare leaves at the root; at a its two continuations; else the outcome of the own rollout
+    ("fresh", {"root": (2 / 3, 3), "a": (0, 2), "b": (1, 1), "d": (0, 1), "g": (0, 1)})])
+def test_targets_of_the_predictor_by_hand(tree, rule, want):
+    targets = TARGETS[rule](tree["root"])
+    assert set(targets) == set(nodes(tree["root"]))
+    assert {name: targets[tree[name]] for name in want} == want
+
+
+def test_fresh_targets_of_a_prefix_ignore_continuations_from_elsewhere(tree):
+    """A success that started below a changes b, where it started, and neither a nor the root."""
+    turn(turn(tree["b"], 100, sample=5), 110, 0.0, sample=5)
+    targets = TARGETS["fresh"](tree["root"])
+    assert [targets[tree[name]] for name in ("root", "a", "b", "c")] == [
+        (2 / 3, 3), (0, 2), (0, 1), (1, 1)]
 
 
 def test_structure(tree):
