@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rollout import grow
+from rollout import forget_caches, grow
 from tree import TARGETS, Node, backup, path_ids
 
 CLIP = 0.02  # probabilities stay in [CLIP, 1 − CLIP]: nothing is ever given up for good
@@ -40,7 +40,7 @@ def features(anchors):
 class HeadPredictor:
     """An MLP with one hidden layer on hidden state and plain features; MSE as in the paper."""
 
-    def __init__(self, policy, env=None, seed=0, learning_rate=1e-3, passes=4, size=64):
+    def __init__(self, policy, env=None, seed=0, learning_rate=3e-3, passes=16, size=64):
         width = policy.body.config.hidden_size
         self.network = torch.nn.Sequential(
             torch.nn.LayerNorm(width + 3), torch.nn.Linear(width + 3, size), torch.nn.GELU(),
@@ -190,6 +190,8 @@ def monte_carlo_value(policy, env, anchors, num, key):
         for copy in copies:
             backup(copy)
         values += [copy.value for copy in copies]
+        for copy in copies:  # the cache of the anchor itself stays
+            forget_caches(copy.children)
     return np.array(values)
 
 

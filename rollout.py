@@ -15,7 +15,7 @@ import torch
 from transformers import Cache
 
 from react_env import action_end, observation_text, split_completion
-from tree import Node, leaves, path, path_ids
+from tree import Node, leaves, nodes, path, path_ids
 
 
 class RaggedCache(Cache):
@@ -124,6 +124,14 @@ def prefill(policy, anchors):
         for chunk in chunks(policy, [a for a in anchors if a.cache is None]):
             feed(policy, RaggedCache(), chunk, [path_ids(a)[:policy.context] for a in chunk],
                  [0] * len(chunk))
+
+
+def forget_caches(roots):
+    """Free the memory of trees from which nothing grows any more. A tree is a cycle of
+    references: left to Python's garbage collection, its caches would outlive it for long."""
+    for root in roots:
+        for node in nodes(root):
+            node.cache = None
 
 
 def chunks(policy, jobs):

@@ -6,10 +6,13 @@ at most the steps since the last one. It also holds the lengths of the metrics f
 cuts them back to there.
 """
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
 import os
 import pickle
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,6 +160,15 @@ class State:
         self.sampled_tokens += tokens
         self.num_costed = COST_DECAY * self.num_costed + num_bare
         self.tokens_costed = COST_DECAY * self.tokens_costed + tokens
+
+
+def trim_memory():
+    """Give the last step's memory back. Trees are cycles of references, which Python frees late,
+    and glibc keeps the pieces: without this the default run grew by 15 MB a step."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 class Clock(dict):

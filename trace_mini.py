@@ -30,9 +30,10 @@ from draw import draw_curve
 from policy import ModelError, load_policy
 from predictor import PREDICTORS, predict, score_and_update
 from react_env import DataError, ReActEnv, load_questions, write_predictions
-from rollout import grow, prefill
+from rollout import forget_caches, grow, prefill
 from runs import (Clock, Lines, State, UsageError, describe, load_checkpoint, fresh_folder,
-                  parse_config, save_checkpoint, say, start_folder, transcript, write_json)
+                  parse_config, save_checkpoint, say, start_folder, transcript, trim_memory,
+                  write_json)
 from toy_wiki import make_questions, make_world
 from tree import (ADVANTAGES, TARGETS, advantages, backup, has_contrast, leaves, nodes, path,
                   prefixes, sampled_tokens)
@@ -211,6 +212,7 @@ def evaluate(policy, env, questions, progress=None):
             predictions[question.id] = leaf.state.prediction or ""
             scores[question.id] = question.score(leaf.state.prediction)
         tokens += sum(sampled_tokens(root) for root in roots)
+        forget_caches(roots)
         if progress:
             progress(len(roots))
 
@@ -279,8 +281,7 @@ def train_step(config, state, policy, predictor, data):
     # 5. Continuations, from the prefixes themselves.
     with clock("sample"):
         continuations = grow(policy, env, anchors, k, key)
-    for node in (node for root in pool for node in nodes(root)):
-        node.cache = None  # nothing grows from here any more
+    forget_caches(pool)  # nothing grows from here any more
 
     # 6. Targets, bottom up.
     for root in roots:
@@ -359,6 +360,7 @@ def train(config, policy, data, folder):
     for _ in tqdm(range(state.step, config.steps), initial=state.step, total=config.steps,
                   desc=config.method, unit="step"):
         trees, row = train_step(config, state, policy, predictor, data)
+        trim_memory()
         say(describe(row))
         if config.show_every and state.step % config.show_every == 0:
             say(transcript(policy, path(leaves(trees[0])[0])))

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM)
 
 from allocator import mixed_prob
 from policy import import_bitsandbytes, load_policy
@@ -100,14 +101,12 @@ def make_tokenizer(num_texts=3000):
 
 
 def make_model():
-    config = LlamaConfig(
+    config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=2, intermediate_size=448,
-        max_position_embeddings=2048, tie_word_embeddings=True, attention_bias=True, bos_token_id=0,
-        eos_token_id=0, pad_token_id=0)
-    model = LlamaForCausalLM(config)
-    for layer in model.model.layers:  # stays zero: biases are for queries, keys and values
-        layer.self_attn.o_proj.bias.requires_grad_(False)
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0)
+    model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         wire_copying(model)
     return model
@@ -230,9 +229,21 @@ def build_tiny(folder=Path(__file__).resolve().parent / "tiny"):
     fit(model, batches(tokenizer, demonstrations(3, flawed(random.Random(3)))), 350, 0.35,
         "flawed", nf4=True)
     round_to_nf4(model)
-    model.half().save_pretrained(folder)
+    as_llama(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report()
+
+
+def as_llama(model):
+    """The same function as a Llama with biases (that of its output is zero): in a folder that
+    says Qwen2, transformers puts Qwen2's own pre-tokenizer in the place of ours."""
+    parts = model.config.to_dict()
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "intermediate_size", "max_position_embeddings",
+             "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, **{n: parts[n] for n in names}))
+    llama.load_state_dict(model.state_dict(), strict=False)
+    return llama
 
 
 def report(num_questions=100, num_rollouts=64):

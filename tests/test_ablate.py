@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import ablate
-import toy_wiki
 from ablate import PRESETS, Run, lock_folders, main, made_with, num_steps, plan, score_transfer
 from tables import (area, finished, interval, read_rows, readme_blocks, report, table, token_share,
                     write_rows)
@@ -284,8 +283,6 @@ def test_transfer_scores_the_trained_policy_elsewhere(grid):
 
 @pytest.mark.long
 def test_transfer_to_more_hops_than_were_trained(grid):
-    if len(toy_wiki.HOP_WEIGHTS) < ablate.MORE_HOPS:
-        pytest.skip(f"toy_wiki.HOP_WEIGHTS has none for {ablate.MORE_HOPS} hops yet")
     assert score_transfer(grid.runs["trace"].folder, "hops") == 0
     result = json.loads((grid.runs["trace"].folder / "transfer-hops.json").read_text())
     assert result["num_questions"] > 0 and set(result["by_hops"]) <= {"5", "6"}
