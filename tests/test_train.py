@@ -206,6 +206,7 @@ def test_every_predictor_in_every_arm(name, quick):
         assert 0 <= row["predictor_brier"] <= 1 and row["leaves"] >= 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in PREDICTORS if name != "head"])
 def test_every_predictor_resumes(name, tmp_path):
     """As test_resume_gives_the_numbers_of_an_uninterrupted_run, which is about the head; with
