@@ -179,9 +179,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--articles", type=int, default=100_000, help="size of the wiki")
     parser.add_argument("--model", default="tiny", help="as in trace_mini.py")
-    parser.add_argument("--only", choices=("environment", "engine"), help="one part")
-    parser.add_argument("--out", default="results/bench.json", help="where the rows go")
+    parser.add_argument("--only", choices=("environment", "engine"), help="one part; needs --out")
+    parser.add_argument("--out", help="where the rows go [results/bench.json]")
     args = parser.parse_args()
+    if args.only and not args.out:
+        parser.error("--only writes a part of the rows: name a file of its own with --out")
+    file = Path(args.out or "results/bench.json")
     parts = {"environment": lambda: environment(args.articles),
              "engine": lambda: engine(load_policy(config := Config(model=args.model)),
                                       load_data(config))}
@@ -193,8 +196,8 @@ def main():
                 f"   other {row['other']:<8.3g} ratio {row['ratio']:.2f} "
                 f"({row['spread'][0]:.2f} to {row['spread'][1]:.2f})")
             print(f"{row['name']:66s} {row['ours']:9.3g} {row['unit']:5s}{other}", flush=True)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    write_json(Path(args.out), rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, rows)
 
 
 if __name__ == "__main__":

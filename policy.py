@@ -48,9 +48,9 @@ class Policy:
         self.few_shot, self.notice = not config.is_tiny, ""
         self.cache_tokens = config.cache_tokens
         layers = [m for m in self.body.modules() if hasattr(m, "base_layer")]
-        self.dtype = torch.bfloat16 if config.device == "cuda" else torch.float32
-        size = sum(m.in_features * m.out_features for m in layers) * self.dtype.itemsize
-        self.plain = layers if size <= PLAIN_BYTES else []
+        linear = all(isinstance(m.base_layer, torch.nn.Linear) for m in layers)  # not GPT-2's
+        num_bytes = sum(m.in_features * m.out_features for m in layers) * self.head.weight.itemsize
+        self.plain = layers if linear and num_bytes <= PLAIN_BYTES else []
         size = base.config.hidden_size * base.config.num_hidden_layers
         self.attention_scale = sum(m.in_features * m.out_features for m in layers) / (2 * size)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -125,12 +125,13 @@ class Policy:
             if type(module).__name__ == "Linear4bit":
                 module.train()
         with torch.no_grad():
-            for module in self.plain:
-                weight = dequantize_module_weight(module.base_layer).to(self.dtype)
-                weight = weight + module.get_delta_weight("default").to(self.dtype)
-                module.forward = partial(torch.nn.functional.linear, weight=weight,
-                                         bias=module.base_layer.bias)
             try:
+                for module in self.plain:
+                    weight = (dequantize_module_weight(module.base_layer).float()
+                              + module.get_delta_weight("default").float())
+                    module.forward = partial(
+                        torch.nn.functional.linear, bias=module.base_layer.bias,
+                        weight=weight.to(self.head.weight.dtype))
                 yield
             finally:
                 for module in self.plain:

@@ -10,7 +10,6 @@ the truth leaves. Brier (lower is better) and AUROC are those of predictor.py.
 predictor is worth (mixed_prob at roots, flip_prob at prefixes) under the half that "truth" does
 not see; 1 is as good as knowing the truth, 0 no better than the constant.
 """
-import csv
 import json
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from predictor import PREDICTORS, auroc, brier, features, lessons, monte_carlo_v
 from react_env import DataError
 from rollout import grow, prefill
 from runs import Parser, State, UsageError, read_config
+from tables import write_rows
 from trace_mini import Config, load_data, train_step
 from tree import prefixes
 
@@ -159,13 +159,6 @@ def show(step, rows):
             for x in ("brier", "auroc", "closed")) for row in rows[i:i + len(names)]), sep=" |")
 
 
-def write_csv(rows, file):
-    with open(file, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def run(args):
     config, evals = read_config(Config, args.run), Path(args.run) / "evals.jsonl"
     if not config.steps or not evals.exists() or not evals.stat().st_size:
@@ -189,8 +182,8 @@ def run(args):
     if args.out:
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
-        write_csv(table, folder / "predictor.csv")
-        write_csv(bins, folder / "predictor_reliability.csv")
+        write_rows(folder / "predictor.csv", table)
+        write_rows(folder / "predictor_reliability.csv", bins)
         draw_reliability([row for row in bins if row["step"] == step],
                          folder / "predictor_reliability.png")
 

@@ -100,13 +100,15 @@ def make_tokenizer(num_texts=3000):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 448,
+         "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": 0,
+         "eos_token_id": 0, "pad_token_id": 0}
+
+
 def make_model():
-    config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, intermediate_size=448,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0)
-    model = Qwen2ForCausalLM(config)
+    """An untrained Qwen2: of the stock architectures the one with biases on queries and keys."""
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
     with torch.no_grad():
         wire_copying(model)
     return model
@@ -218,7 +220,7 @@ def fit(model, stream, num_steps, rate, name, nf4=False):
                   f"{time.time() - start:.0f} s", flush=True)
 
 
-def build_tiny(folder=Path(__file__).resolve().parent / "tiny"):
+def build_tiny():
     """Build the embedded policy from its seed and report its spread. The weights are shipped on
     the NF4 grid in half precision: loaded in 4 bits or in 16, it is the same policy."""
     torch.manual_seed(0)
@@ -229,6 +231,7 @@ def build_tiny(folder=Path(__file__).resolve().parent / "tiny"):
     fit(model, batches(tokenizer, demonstrations(3, flawed(random.Random(3)))), 350, 0.35,
         "flawed", nf4=True)
     round_to_nf4(model)
+    folder = Path(__file__).resolve().parent / "tiny"
     as_llama(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report()
@@ -237,11 +240,7 @@ def build_tiny(folder=Path(__file__).resolve().parent / "tiny"):
 def as_llama(model):
     """The same function as a Llama with biases (that of its output is zero): in a folder that
     says Qwen2, transformers puts Qwen2's own pre-tokenizer in the place of ours."""
-    parts = model.config.to_dict()
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "intermediate_size", "max_position_embeddings",
-             "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, **{n: parts[n] for n in names}))
+    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, **SHAPE))
     llama.load_state_dict(model.state_dict(), strict=False)
     return llama
 

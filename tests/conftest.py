@@ -10,7 +10,6 @@ from trace_mini import Config, load_data
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-
 @pytest.fixture(scope="session")
 def data():
     return load_data(Config(eval_questions=40))
@@ -37,3 +36,13 @@ def shared_data():
     if not SHARED.is_dir():
         pytest.skip(f"no sample data at {SHARED}")
     return SHARED
+
+
+def assert_refused(main, arguments, word, capsys):
+    """Bad input: exit code 2, and one line on stderr that names what is wrong."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and word in error and "\n" not in error, (arguments, code, error)

@@ -14,6 +14,7 @@ import pytest
 
 import ablate
 from ablate import PRESETS, Run, lock_folders, main, made_with, num_steps, plan, score_transfer
+from conftest import assert_refused
 from tables import (area, finished, interval, read_rows, readme_blocks, report, table, token_share,
                     write_rows)
 from trace_mini import HERE, Config, load_data
@@ -205,12 +206,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, capsys):
              (["--preset", "tuning"], "--dev"), (["--score", str(folders), "wiki"], "no trained"),
              (["--score", str(folders), "moon"], "wiki or hops")]
     for arguments, word in cases:
-        try:
-            code = main(arguments)
-        except SystemExit as stop:  # argparse
-            code = stop.code
-        error = capsys.readouterr().err.strip()
-        assert code == 2 and word in error and "\n" not in error, (arguments, code, error)
+        assert_refused(main, arguments, word, capsys)
     assert not (folders / "runs").exists()
 
 

@@ -7,6 +7,7 @@ import torch
 
 from conftest import fresh_policy
 from rollout import draw, ended, grow, keyed_uniforms, prefill
+from trace_mini import HERE, Config, load_data
 from tree import Node, advantages, backup, leaves, nodes, path, path_ids, prefixes
 
 
@@ -16,7 +17,9 @@ def grown(policy, data, num=4, count=4, seed=0):
 
 
 def recomputed(policy, leaf):
-    with policy.sampling():
+    """As the update computes them: through 4-bit layers and adapters, not as sampled."""
+    policy.model.train()
+    with torch.no_grad():
         return policy.logprobs([(path(leaf), path(leaf)[1:])]).cpu().numpy()
 
 
@@ -27,6 +30,34 @@ def recorded(leaf):
 def test_recorded_logprobs_are_the_recomputed_ones(policy, data):
     _, found = grown(policy, data)
     for leaf in found:
+        assert np.abs(recorded(leaf) - recomputed(policy, leaf)).max() < 1e-4
+
+
+def test_plain_matrices_are_the_layers(policy):
+    """Sampling with W + BA gives the hidden states of the layers, and leaves no trace of itself."""
+    ids = torch.arange(300, 340)[None]
+    policy.model.train()
+    with torch.no_grad():
+        layers = policy.body(input_ids=ids).last_hidden_state
+        with policy.sampling():
+            assert policy.plain and all("forward" in vars(m) for m in policy.plain)
+            plain = policy.body(input_ids=ids).last_hidden_state
+        assert not any("forward" in vars(m) for m in policy.plain)
+    assert (plain - layers).abs().max() < 1e-4
+
+
+def test_gpt2_samples_through_its_own_layers(tmp_path):
+    """Its layers hold their matrices transposed: no plain ones there, and right log-probs."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    tokenizer = AutoTokenizer.from_pretrained(str(HERE / "tiny"))
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4,
+                               n_positions=2048, eos_token_id=0, bos_token_id=0, resid_pdrop=0,
+                               embd_pdrop=0, attn_pdrop=0)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = fresh_policy(False, model=str(tmp_path), context=1024, turn_tokens=12)
+    assert not policy.plain
+    data = load_data(Config(eval_questions=2))
+    for leaf in grown(policy, data, num=2, count=2)[1]:
         assert np.abs(recorded(leaf) - recomputed(policy, leaf)).max() < 1e-4
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import score_predictor
+from conftest import assert_refused
 from score_predictor import BARE, PER_BARE, Sample, main, objective, reliability, scores
 from trace_mini import main as train
 
@@ -103,9 +104,4 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, tmp_path, capsys):
              ([str(finished), "--anchors", "14"], "holds out"),
              ([str(finished), "--what"], "--what")]
     for arguments, word in cases:
-        try:
-            code = main(arguments)
-        except SystemExit as stop:  # argparse
-            code = stop.code
-        error = capsys.readouterr().err.strip()
-        assert code == 2 and word in error and "\n" not in error, (arguments, code, error)
+        assert_refused(main, arguments, word, capsys)

@@ -1,12 +1,12 @@
 """The making of the tiny policy: its tokenizer, its wiring, its faults. No training here."""
-import itertools
 import random
 
 import pytest
 import torch
-from warm_start import FAULTS, as_llama, demonstrations, flawed, make_model, make_tokenizer
 
-from toy_wiki import never
+from react_env import ReActEnv
+from toy_wiki import make_questions, make_world, never, oracle, run_agent
+from warm_start import FAULTS, as_llama, flawed, make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,26 @@ def test_as_llama_is_the_same_function(model):
         assert torch.equal(as_llama(model).eval()(ids).logits, model(ids).logits)
 
 
-def test_flawed_demonstrations_fail_and_clean_ones_do_not():
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_makes_wrong_answers(fault):
+    """A demonstrator with this fault alone fails somewhere; without any it never does. (A wrong
+    first choice is repaired unless nothing is checked, so those two come together.)"""
+    world = make_world(200, 0)
+    env, questions = ReActEnv(world.wiki, max_turns=8), make_questions(world, 100, max_hops=3)
+    together = {fault, "no_check"} if fault == "first_choice" else {fault}
+    if fault == "no_check":
+        together.add("first_choice")
+
     def solved(slip):
-        texts = ("".join(text for text, _ in pieces)
-                 for pieces in itertools.islice(demonstrations(5, slip), 200))
-        return sum("Finish[unknown]" not in text for text in texts)
-    assert solved(never) == 200 > solved(flawed(random.Random(0)))
-    assert {fault for fault in FAULTS} >= {"early_stop", "confuse", "give_up", "no_lookup"}
+        return sum(run_agent(env, q, oracle(q, slip))[0].reward for q in questions)
+    assert solved(never) == 100
+    assert solved(lambda name, **_: name in together) < 100
+
+
+def test_flawed_slips_at_the_rates_of_faults():
+    slip = flawed(random.Random(0))
+    for fault, rate in FAULTS.items():
+        for relation, rate in rate.items() if isinstance(rate, dict) else [(None, rate)]:
+            often = sum(slip(fault, relation=relation) for _ in range(2000)) / 2000
+            assert abs(often - rate) < 0.05
+    assert not any(slip("confuse", relation="port") for _ in range(100))
