@@ -65,6 +65,15 @@ def expected_flip_prob(a, b, r, k):
     return 1 - beta_moment(np.where(success, a, b), np.where(success, b, a), k)
 
 
+def predicted_mixed_prob(v, m, concentration=0.0, wins=0.0, losses=0.0):
+    """mixed_prob(v, m), or with a concentration c > 0 its expectation for a Beta(c v, c (1-v))
+    that has also seen these wins and losses."""
+    c = np.asarray(concentration, float)
+    if not c.any():
+        return mixed_prob(v, m)
+    return expected_mixed_prob(c * v + wins, c * (1 - v) + losses, m)
+
+
 def allocate_roots(v, budget, cap=16):
     """m [n], each 0 or 2..cap, sum <= budget, maximising sum(mixed_prob(v, m)) exactly.
     Ties favour earlier prompts. ValueError names what is wrong: v not [n] in [0, 1], or
@@ -182,13 +191,15 @@ class Anchors:
     cost: np.ndarray | float = 1.0          # [n] expected sampled tokens of a rollout
     group_size: int = 8                     # m of the equal-m rules, at least 2
     cap: int = 16                           # largest m; continuations have no cap
-    concentration: float | None = None      # trace: pseudo-count of v's Beta; 0 = off
+    concentration: np.ndarray | float = 0.0     # [n] trace: pseudo-counts of v's Beta; 0 = off
     floor: float = 0.0                      # trace: share of budget spread uniformly
     cost_aware: bool = False                # trace: budget in tokens, not in rollouts
 
     def __post_init__(self):
         check("floor", 0 <= self.floor <= 1, "in [0, 1]")
-        check("concentration", (self.concentration or 0) >= 0, ">= 0 or None")
+        some = np.greater(self.concentration, 0)
+        check("concentration", np.all(some) or np.all(np.equal(self.concentration, 0)),
+              "> 0, or 0 everywhere")
         check("group_size and cap", min(self.group_size, self.cap) >= 2, ">= 2")
         check("cost", np.greater(self.cost, 0), "> 0")
 
@@ -206,10 +217,10 @@ def equal_groups(pool, score, budget, size=None):
 def trace_roots(pool, budget, rng):
     """Stage 1, exact given the floor: pairs (more if all have one) on random prompts.
     Cost-aware: budget * mean cost tokens at most, costs rounded up to mean / BINS."""
-    v, c, m = pool.v[:, None], pool.concentration, np.arange(pool.cap + 1)
-    wins, losses = (np.reshape(x, (-1, 1)) for x in (pool.successes, pool.failures))
-    values = (expected_mixed_prob(c * v + wins, c * (1 - v) + losses, m) if c
-              else mixed_prob(v, m))    # [n, cap+1]
+    v, c, wins, losses = (np.reshape(x, (-1, 1)) for x in (
+        pool.v, pool.concentration, pool.successes, pool.failures))
+    m = np.arange(pool.cap + 1)
+    values = predicted_mixed_prob(v, m, c, wins, losses)    # [n, cap+1]
     base = equal_groups(pool, rng.random(len(v)), round(pool.floor * budget), size=2)
     later = np.minimum(base[:, None] + m, pool.cap)     # base + 0, 1, .. more
     gains = (np.take_along_axis(values, later, axis=1)
@@ -224,11 +235,12 @@ def trace_prefixes(prefixes, budget, rng):
     """Stage 2, exact given the floor, which is spread evenly. Cost-aware: largest gains
     per token, to within half a continuation of budget * mean cost tokens. With a
     concentration c, q ~ Beta(c q, c (1-q)): gains still fall, so greedy stays exact."""
-    n, c = len(prefixes.v), prefixes.concentration
+    n = len(prefixes.v)
+    c = np.broadcast_to(prefixes.concentration, n)
     units = round(prefixes.floor * budget)
     base = rng.permutation(deal_evenly(units, np.full(n, units)))
     flip = flip_prob(prefixes.v, prefixes.outcome, 1)
-    if not c:
+    if not c.any():
         first = flip * (1 - flip)**base
 
         def ratio(rows, j):

@@ -39,12 +39,13 @@ def features(anchors):
 
 class HeadPredictor:
     """An MLP with one hidden layer on hidden state and plain features; MSE as in the paper."""
+    num_outputs = 1
 
     def __init__(self, policy, env=None, seed=0, learning_rate=3e-3, passes=16, size=64):
         width = policy.body.config.hidden_size
         self.network = torch.nn.Sequential(
             torch.nn.LayerNorm(width + 3), torch.nn.Linear(width + 3, size), torch.nn.GELU(),
-            torch.nn.Linear(size, 1))
+            torch.nn.Linear(size, self.num_outputs))
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.network.parameters():
             if parameter.dim() == 2:
@@ -63,16 +64,19 @@ class HeadPredictor:
             probability = torch.sigmoid(self.network(self.inputs(features))[:, 0]).numpy()
         return np.clip(probability.astype(float), CLIP, 1 - CLIP)
 
+    def loss(self, outputs, targets, weights):
+        """Weighted mean squared error."""
+        return (weights * (torch.sigmoid(outputs[:, 0]) - targets) ** 2).sum() / weights.sum()
+
     def update(self, features, targets, weights):
-        """A few full-batch steps of Adam; -> weighted mean squared error before them. A loss
-        that is not finite changes nothing."""
+        """A few full-batch steps of Adam; -> loss before them. A loss that is not finite changes
+        nothing."""
         inputs = self.inputs(features)
         targets = torch.tensor(targets, dtype=torch.float32)
         weights = torch.tensor(weights, dtype=torch.float32)
         first = None
         for _ in range(self.passes):
-            probability = torch.sigmoid(self.network(inputs)[:, 0])
-            loss = (weights * (probability - targets) ** 2).sum() / weights.sum()
+            loss = self.loss(self.network(inputs), targets, weights)
             first = loss.item() if first is None else first
             if not np.isfinite(loss.item()):
                 return first
@@ -87,6 +91,29 @@ class HeadPredictor:
     def load_state_dict(self, state):
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+class BetaPredictor(HeadPredictor):
+    """Beyond the paper: it also tells how sure it is. Its output is a Beta distribution of the
+    success probability, fitted to counts of successes (beta-binomial likelihood), so that "I do
+    not know" differs from "a coin's toss". The rules trace take its concentration."""
+    num_outputs = 2
+
+    def concentration(self, features):
+        """Pseudo-counts [n] behind the predictions: a + b of Beta(a, b)."""
+        with torch.no_grad():
+            return self.pseudo_counts(self.network(self.inputs(features))).double().numpy()
+
+    def pseudo_counts(self, outputs):
+        return 0.2 + torch.nn.functional.softplus(outputs[:, 1] + 2)  # 2.3 to begin with
+
+    def loss(self, outputs, targets, weights):
+        """Minus the mean log-likelihood of a leaf."""
+        total, probability = self.pseudo_counts(outputs), torch.sigmoid(outputs[:, 0])
+        a, b = total * probability + 1e-4, total * (1 - probability) + 1e-4
+        wins, log_beta = weights * targets, lambda a, b: (
+            torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b))
+        return (log_beta(a, b) - log_beta(a + wins, b + weights - wins)).sum() / weights.sum()
 
 
 class LogisticPredictor(HeadPredictor):
@@ -153,7 +180,6 @@ class ConstantPredictor:
         self.total, self.weight = state["total"], state["weight"]
 
 
-
 class OraclePredictor:
     """A diagnostic: V by Monte Carlo. Its samples are not charged to the budget."""
 
@@ -176,8 +202,8 @@ class OraclePredictor:
         self.calls = state["calls"]
 
 
-PREDICTORS = {"head": HeadPredictor, "logistic": LogisticPredictor, "counts": CountsPredictor,
-              "constant": ConstantPredictor, "oracle": OraclePredictor}
+PREDICTORS = {"head": HeadPredictor, "beta": BetaPredictor, "logistic": LogisticPredictor,
+              "counts": CountsPredictor, "constant": ConstantPredictor, "oracle": OraclePredictor}
 
 
 def monte_carlo_value(policy, env, anchors, num, key):
@@ -201,6 +227,13 @@ def predict(predictor, anchors):
     for node, value in zip(anchors, values):
         node.predicted = float(value)
     return values
+
+
+def concentrations(predictor, anchors, default):
+    """Pseudo-counts [n] behind the predictions: the predictor's own where it tells them."""
+    if anchors and hasattr(predictor, "concentration"):
+        return predictor.concentration(features(anchors))
+    return np.full(len(anchors), default)
 
 
 def lessons(roots, targets="all"):

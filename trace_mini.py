@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from allocator import PREFIX_RULES, ROOT_RULES, Anchors, deal_in_proportion, mixed_prob
+from allocator import PREFIX_RULES, ROOT_RULES, Anchors, deal_in_proportion, predicted_mixed_prob
 from draw import draw_curve
 from policy import ModelError, load_policy
-from predictor import PREDICTORS, predict, score_and_update
+from predictor import PREDICTORS, concentrations, predict, score_and_update
 from react_env import DataError, ReActEnv, load_questions, write_predictions
 from rollout import forget_caches, grow, prefill
 from runs import (Clock, Lines, State, UsageError, describe, load_checkpoint, fresh_folder,
@@ -237,7 +237,7 @@ def train_step(config, state, policy, predictor, data):
     rng = np.random.default_rng([config.seed, 2, state.step])
     group_size = max(2, round(config.group_size / (1 + config.num_continuations)))
     dials = {"group_size": group_size, "cap": config.cap, "floor": config.floor,
-             "concentration": config.concentration, "cost_aware": config.cost_aware}
+             "cost_aware": config.cost_aware}
 
     # 1. Candidate pool, large enough for all bare rollouts (M) that the schedule buys.
     num_bare = state.num_bare(config.budget)
@@ -248,14 +248,16 @@ def train_step(config, state, policy, predictor, data):
     with clock("predict"):
         prefill(policy, pool)
         v = predict(predictor, pool)
+        sure = concentrations(predictor, pool, config.concentration)
 
     # 2. Stage 1: which prompts are rolled out, and how often.
     with clock("allocate"):
         seen = np.array([state.visits.get(root.state.question.id, (0.0, 0.0)) for root in pool])
         m = ROOT_RULES[config.root_rule](Anchors(
-            v, successes=seen[:, 0], failures=seen[:, 1], cost=state.expected_tokens(pool),
-            **dials), num_bare, rng)
-    roots, v, m = [root for root, count in zip(pool, m) if count], v[m > 0], m[m > 0]
+            v, successes=seen[:, 0], failures=seen[:, 1], concentration=sure,
+            cost=state.expected_tokens(pool), **dials), num_bare, rng)
+    roots, v, sure, m = ([root for root, count in zip(pool, m) if count],
+                         v[m > 0], sure[m > 0], m[m > 0])
 
     # 3. Bare rollouts.
     with clock("sample"):
@@ -267,6 +269,7 @@ def train_step(config, state, policy, predictor, data):
     anchors = [node for pairs in owned for node, _ in pairs]
     with clock("predict"):
         chances = predict(predictor, anchors)
+        sure_there = concentrations(predictor, anchors, config.concentration)
     with clock("allocate"):
         cost = state.expected_tokens(anchors)
         can = np.array([len(pairs) > 0 for pairs in owned])
@@ -276,7 +279,8 @@ def train_step(config, state, policy, predictor, data):
             own = slice(start, start := start + len(pairs))
             outcomes = np.array([reward for _, reward in pairs], int)
             k[own] = PREFIX_RULES[config.prefix_rule](
-                Anchors(chances[own], outcomes, cost=cost[own], **dials), int(share), rng)
+                Anchors(chances[own], outcomes, concentration=sure_there[own], cost=cost[own],
+                        **dials), int(share), rng)
 
     # 5. Continuations, from the prefixes themselves.
     with clock("sample"):
@@ -303,8 +307,8 @@ def train_step(config, state, policy, predictor, data):
         "sampled_tokens": state.sampled_tokens, "leaves": len(bare) + len(continuations),
         "reward_mean": float(np.mean([leaf.reward for leaf in bare])),
         "effective_ratio": float(np.mean([has_contrast(root) for root in roots])),
-        "predicted_effective_ratio": float(np.mean(
-            mixed_prob(v, np.array([root.num_leaves for root in roots])))),
+        "predicted_effective_ratio": float(np.mean(predicted_mixed_prob(
+            v, np.array([root.num_leaves for root in roots]), sure))),
         "active_prompts": len(roots), "group_sizes": dict(sorted(Counter(m.tolist()).items())),
         "leaves_per_prompt": (len(bare) + len(continuations)) / len(roots),
         "coverage": len(state.visits) / len(data.train), **scores, **updated,

@@ -358,7 +358,7 @@ def test_posterior_roots_are_optimal_and_prefer_the_known_prompt():
     counts = np.array([0.0, 10.0])      # Beta(1, 1) and Beta(11, 11), both v = 0.5
     pool = Anchors(np.array([0.5, 0.5]), successes=counts, failures=counts,
                    concentration=2.0)
-    rng, plug_in = np.random.default_rng(0), replace(pool, concentration=None)
+    rng, plug_in = np.random.default_rng(0), replace(pool, concentration=0.0)
     assert ROOT_RULES["trace"](pool, 3, rng).tolist() == [0, 3]
     assert ROOT_RULES["trace"](plug_in, 3, rng).tolist() == [3, 0]
     for seed in range(20):
@@ -371,7 +371,7 @@ def test_posterior_roots_are_optimal_and_prefer_the_known_prompt():
             totals[everything.sum(axis=1) <= 9].max(), abs=1e-9)
 
 
-@pytest.mark.parametrize("concentration", [None, 3.0])
+@pytest.mark.parametrize("concentration", [0.0, 3.0])
 @pytest.mark.parametrize("floor, units", [(0.0, 0), (0.4, 1), (0.9, 2)])
 def test_prefixes_are_optimal_given_their_floor(concentration, floor, units):
     """The floor is `units` for each of three prefixes, of 7 continuations."""
@@ -381,7 +381,7 @@ def test_prefixes_are_optimal_given_their_floor(concentration, floor, units):
         p = prefixes_of(3, seed, concentration=concentration, floor=floor)
 
         def value(k):
-            if concentration is None:
+            if not concentration:
                 return flip_prob(p.v, p.outcome, k).sum(-1)
             return expected_flip_prob(3 * p.v, 3 * (1 - p.v), p.outcome, k).sum(-1)
 
