@@ -1,9 +1,9 @@
 """The shared success predictor Ṽ: one small network for the roots and prefixes of all prompts.
 
-It reads what the policy computed anyway, the hidden state at the anchor's last token, and
-three plain numbers; it learns online from the recursive targets V̂ of the step's trees. It
-serves the allocator only and never enters the policy gradient. Nothing it sees is
-privileged: no answer, no gold title, no hop count, no kind of question.
+It reads what the policy computed anyway, the hidden states at the last tokens of the prompt
+and of the anchor, and three plain numbers; it learns online from the recursive targets V̂ of
+the steps' trees. It serves the allocator only and never enters the policy gradient. Nothing it
+sees is privileged: no answer, no gold title, no hop count, no kind of question.
 
 A predictor has `predict(features) -> probabilities [n]` and
 `update(features, targets, weights) -> loss`; `PREDICTORS` holds them by name.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rollout import forget_caches, grow
-from tree import TARGETS, Node, backup, path_ids
+from tree import TARGETS, Node, backup, path, path_ids
 
 CLIP = 0.02  # probabilities stay in [CLIP, 1 − CLIP]: nothing is ever given up for good
 
@@ -24,37 +24,36 @@ def weighted_error(predicted, targets, weights):
 
 
 class Features(NamedTuple):
-    hidden: np.ndarray  # float32 [n, width], the policy's hidden state at the anchor
+    hidden: np.ndarray  # float32 [n, 2 width], the policy's hidden states at prompt and anchor
     plain: np.ndarray   # float32 [n, 3]: turn index, last search missed, mean log-prob of the turn
     anchors: tuple      # [n] the nodes, for per-prompt counts and the Monte-Carlo oracle only
 
 
 def features(anchors):
     """Features of n anchors (roots or prefixes that have been fed to the policy)."""
+    hidden = [np.concatenate([path(node)[0].hidden, node.hidden]) for node in anchors]
     plain = [[node.depth, float(node.state.last_missed),
               float(node.logprobs.mean()) if node.num_sampled else 0.0] for node in anchors]
-    return Features(np.stack([node.hidden for node in anchors]), np.array(plain, np.float32),
-                    tuple(anchors))
+    return Features(np.stack(hidden), np.array(plain, np.float32), tuple(anchors))
 
 
 class HeadPredictor:
-    """An MLP with one hidden layer on hidden state and plain features; MSE as in the paper."""
+    """One linear layer on hidden states and plain features; MSE as in the paper. It learns from
+    the last `memory` steps together: one step shows it few prompts. (A hidden layer learnt no
+    more, and later; without the prompt's own hidden state prefixes were predicted worse.)"""
     num_outputs = 1
 
-    def __init__(self, policy, env=None, seed=0, learning_rate=3e-3, passes=16, size=64):
-        width = policy.body.config.hidden_size
-        self.network = torch.nn.Sequential(
-            torch.nn.LayerNorm(width + 3), torch.nn.Linear(width + 3, size), torch.nn.GELU(),
-            torch.nn.Linear(size, self.num_outputs))
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.network.parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, 0, parameter.shape[1] ** -0.5, generator=generator)
-            elif parameter is not self.network[0].weight:
-                torch.nn.init.zeros_(parameter)
+    def __init__(self, policy, env=None, seed=0, learning_rate=1e-2, passes=16, memory=8):
+        self.network = self.make_network(policy)
         torch.nn.init.zeros_(self.network[-1].weight)  # starts at one half everywhere
+        torch.nn.init.zeros_(self.network[-1].bias)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
-        self.passes = passes
+        self.passes, self.memory, self.lessons = passes, memory, []
+
+    def make_network(self, policy):
+        width = 2 * policy.body.config.hidden_size + 3
+        return torch.nn.Sequential(torch.nn.LayerNorm(width),
+                                   torch.nn.Linear(width, self.num_outputs))
 
     def inputs(self, features):
         return torch.tensor(np.concatenate([features.hidden, features.plain], 1))
@@ -64,67 +63,68 @@ class HeadPredictor:
             probability = torch.sigmoid(self.network(self.inputs(features))[:, 0]).numpy()
         return np.clip(probability.astype(float), CLIP, 1 - CLIP)
 
-    def loss(self, outputs, targets, weights):
+    def loss(self, inputs, targets, weights):
         """Weighted mean squared error."""
-        return (weights * (torch.sigmoid(outputs[:, 0]) - targets) ** 2).sum() / weights.sum()
+        probability = torch.sigmoid(self.network(inputs)[:, 0])
+        return (weights * (probability - targets) ** 2).sum() / weights.sum()
 
     def update(self, features, targets, weights):
-        """A few full-batch steps of Adam; -> loss before them. A loss that is not finite changes
-        nothing."""
-        inputs = self.inputs(features)
-        targets = torch.tensor(targets, dtype=torch.float32)
-        weights = torch.tensor(weights, dtype=torch.float32)
-        first = None
+        """A few full-batch steps of Adam; -> loss on what is new, before them. A loss that is not
+        finite changes nothing."""
+        new = self.inputs(features), *(torch.tensor(x).float() for x in (targets, weights))
+        with torch.no_grad():
+            before = self.loss(*new).item()
+        if not np.isfinite(before):
+            return before
+        self.lessons = [*self.lessons, new][-self.memory:]
+        together = [torch.cat(parts) for parts in zip(*self.lessons)]
         for _ in range(self.passes):
-            loss = self.loss(self.network(inputs), targets, weights)
-            first = loss.item() if first is None else first
-            if not np.isfinite(loss.item()):
-                return first
             self.optimizer.zero_grad()
-            loss.backward()
+            self.loss(*together).backward()
             self.optimizer.step()
-        return first
+        return before
 
     def state_dict(self):
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "lessons": self.lessons}
 
     def load_state_dict(self, state):
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.lessons = state["lessons"]
 
 
 class BetaPredictor(HeadPredictor):
     """Beyond the paper: it also tells how sure it is. Its output is a Beta distribution of the
     success probability, fitted to counts of successes (beta-binomial likelihood), so that "I do
-    not know" differs from "a coin's toss". The rules trace take its concentration."""
+    not know" differs from "a coin's toss". The rules named trace use its concentration."""
     num_outputs = 2
 
     def concentration(self, features):
         """Pseudo-counts [n] behind the predictions: a + b of Beta(a, b)."""
         with torch.no_grad():
-            return self.pseudo_counts(self.network(self.inputs(features))).double().numpy()
+            outputs = self.network(self.inputs(features))
+        return self.pseudo_counts(outputs).double().numpy()
 
     def pseudo_counts(self, outputs):
         return 0.2 + torch.nn.functional.softplus(outputs[:, 1] + 2)  # 2.3 to begin with
 
-    def loss(self, outputs, targets, weights):
+    def loss(self, inputs, targets, weights):
         """Minus the mean log-likelihood of a leaf."""
+        outputs = self.network(inputs)
         total, probability = self.pseudo_counts(outputs), torch.sigmoid(outputs[:, 0])
-        a, b = total * probability + 1e-4, total * (1 - probability) + 1e-4
-        wins, log_beta = weights * targets, lambda a, b: (
-            torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b))
+        a, b, wins = total * probability + 1e-4, total * (1 - probability) + 1e-4, weights * targets
+
+        def log_beta(a, b):
+            return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
         return (log_beta(a, b) - log_beta(a + wins, b + weights - wins)).sum() / weights.sum()
 
 
 class LogisticPredictor(HeadPredictor):
     """The baseline to beat: logistic regression on the three plain features."""
 
-    def __init__(self, policy=None, env=None, seed=0, learning_rate=2e-2, passes=16):
-        self.network = torch.nn.Linear(3, 1)
-        torch.nn.init.zeros_(self.network.weight)
-        torch.nn.init.zeros_(self.network.bias)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
-        self.passes = passes
+    def make_network(self, policy):
+        return torch.nn.Sequential(torch.nn.Linear(3, 1))
 
     def inputs(self, features):
         return torch.tensor(features.plain)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from predictor import (CLIP, PREDICTORS, Features, auroc, brier, features, lessons, predict,
-                       score_and_update)
+from allocator import predicted_mixed_prob
+from predictor import (CLIP, PREDICTORS, Features, auroc, brier, concentrations, features, lessons,
+                       predict, score_and_update)
 from rollout import grow
 from tree import all_targets, backup, fresh_targets, nodes, prefixes
 
@@ -20,7 +21,7 @@ LEARNT = [name for name in PREDICTORS if name != "oracle"]
 def batch(seed, num=200):
     """Anchors whose chance of success is written in the hidden state and in the plain features."""
     rng = np.random.default_rng(seed)
-    hidden = rng.normal(size=(num, WIDTH)).astype(np.float32)
+    hidden = rng.normal(size=(num, 2 * WIDTH)).astype(np.float32)
     plain = np.stack([rng.integers(0, 6, num), rng.integers(0, 2, num), -rng.random(num)], 1)
     chance = 1 / (1 + np.exp(-2 * hidden[:, 0] + 2 * plain[:, 1] - 1))
     anchors = tuple(SimpleNamespace(depth=int(p[0]), state=SimpleNamespace(
@@ -37,10 +38,10 @@ def test_learns_and_stays_a_probability(name):
     losses = [predictor.update(*batch(seed)) for seed in range(1, 60)]
     predicted = predictor.predict(inputs)
     assert predicted.shape == (200,) and (predicted >= CLIP / 2).all() and (predicted <= 1).all()
-    if name in ("head", "logistic"):
+    if name in ("head", "beta", "logistic"):
         assert brier(predicted, targets, weights) < before - 0.02
         assert losses[-1] < losses[0]
-    if name == "head":
+    if name in ("head", "beta"):
         assert auroc(predicted, targets, weights) > 0.75
 
 
@@ -55,6 +56,32 @@ def test_state_survives_a_checkpoint(name):
     for predictor in (first, second):
         predictor.update(*batch(1))
     assert np.array_equal(first.predict(batch(2)[0]), second.predict(batch(2)[0]))
+
+
+def test_beta_tells_unknown_from_even_odds():
+    """Half of the anchors are a coin's toss, the others always right or always wrong, nobody can
+    say which: the same mean, but groups of four on the others are never mixed."""
+    rng, predictor = np.random.default_rng(0), PREDICTORS["beta"](policy=POLICY)
+    inputs, _, weights = batch(0)
+    hidden = inputs.hidden.copy()
+    tossed = hidden[:, 0] > 0
+    for _ in range(60):
+        targets = np.where(tossed, rng.binomial(4, 0.5, 200) / 4, rng.integers(0, 2, 200))
+        predictor.update(inputs, targets, weights)
+    sure, v = predictor.concentration(inputs), predictor.predict(inputs)
+    assert abs(v[tossed].mean() - 0.5) < 0.1 and abs(v[~tossed].mean() - 0.5) < 0.1
+    mixed = predicted_mixed_prob(v, 4, sure)
+    assert mixed[tossed].mean() > 0.7 and mixed[~tossed].mean() < 0.25
+    assert list(concentrations(PREDICTORS["head"](policy=POLICY), [1, 2], 3.0)) == [3.0, 3.0]
+
+
+def test_lessons_that_are_not_finite_are_not_kept():
+    predictor, (inputs, targets, weights) = PREDICTORS["head"](policy=POLICY), batch(0)
+    predictor.update(inputs, targets, weights)
+    before = predictor.predict(inputs)
+    broken = inputs._replace(hidden=inputs.hidden * np.nan)
+    assert np.isnan(predictor.update(broken, targets, weights))
+    assert np.array_equal(predictor.predict(inputs), before) and len(predictor.lessons) == 1
 
 
 def test_same_seed_same_head():
