@@ -36,7 +36,7 @@ from tree import ADVANTAGES
 
 # Steps, tokens and evaluations: those of a lesson, and those of everything else
 SHORT = "--steps 12 --budget 6000 --eval-every 4 --eval-questions 100 --final-eval-questions 200"
-LONG = "--steps 80 --budget 12000 --eval-every 5 --eval-questions 500 --final-eval-questions 2000"
+LONG = "--steps 40 --budget 8000 --eval-every 8 --eval-questions 500 --final-eval-questions 2000"
 SECOND = "--model tiny2 --wiki-seed 1"  # another wiki, and a policy warm-started from another seed
 DEV_SEED, DEV = 1000, "--wiki-seed 1000"  # --dev: these seeds and this wiki are never reported
 OTHER_WIKI, TRAINED_HOPS, MORE_HOPS = 2, 4, 6  # of the transfer
@@ -66,12 +66,12 @@ PRESETS = {
     "transfer": {f"{arm}@{where}": (flags, num) for where in ("wiki", "hops")
                  for arm, flags, num in (("grpo", GRPO, 10), ("trace", TRACE, 10), ("pcl", PCL, 5),
                                          ("treepo", TREEPO, 5))},
-    "tuning": {f"{arm}-{rate}-{dial}{n}":  # nine trials each, with --dev only
-               (f"{flags} --learning-rate {rate} --{dial}-size {n}", 2)
+    "tuning": {f"{arm}-{rate}-{dial}{n}":  # six trials each, with --dev only
+               (f"{flags} --learning-rate {rate} --{dial}-size {n}", 1)
                for arm, flags, dial, sizes in (
-                   ("grpo", GRPO, "group", (4, 8, 16)), ("pcl", PCL, "group", (4, 8, 16)),
-                   ("treepo", TREEPO, "group", (4, 8, 16)), ("trace", TRACE, "pool", (32, 64, 128)))
-               for rate in ("3e-4", "6e-4", "1.2e-3") for n in sizes}}
+                   ("grpo", GRPO, "group", (4, 8)), ("pcl", PCL, "group", (4, 8)),
+                   ("treepo", TREEPO, "group", (6, 9)), ("trace", TRACE, "pool", (64, 256)))
+               for rate in ("6e-4", "1.2e-3", "2.4e-3") for n in sizes}}
 RESULTS, RUNS = HERE / "results", HERE / "runs" / "ablate"
 # Dials that do not say what is run; the method's choices are dials of their own
 HOW = {"method", "seed", "out", "resume", "show_every", "checkpoint_every", "cache_tokens",

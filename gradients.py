@@ -103,7 +103,8 @@ def compare(gradients, halves):
 
 def run(args):
     base = read_config(Config, args.run)
-    world = ["--wiki-seed", str(base.wiki_seed), "--model", base.model, "--seed", str(base.seed)]
+    world = ["--wiki-seed", str(base.wiki_seed), "--model", base.model, "--seed", str(base.seed),
+             "--budget", args.budget]
     configs = {name: parse_config(Config, "", [*flags.split(), *world])
                for name, flags in ARMS.items() if name in args.arms.split("; ") or not args.arms}
     data, policy = load_data(base), load_policy(base)
@@ -129,6 +130,7 @@ def main(arguments=None):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="run folder whose newest checkpoint is measured")
     parser.add_argument("--arms", default="", help="some of: " + "; ".join(ARMS))
+    parser.add_argument("--budget", default="12000", help="tokens of a batch [%(default)s]")
     parser.add_argument("--batches", type=int, default=60, help="per arm [%(default)s]")
     parser.add_argument("--warm", type=int, default=15, help="batches before them, from which "
                         "only the predictor learns [%(default)s]")
