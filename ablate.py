@@ -118,7 +118,7 @@ def made_with(config):
     weights. Dials that are off stay out: a new one leaves old rows valid."""
     weights = weights_hash(HERE / config.model_path)
     dials = {name: value for name, value in dataclasses.asdict(config).items()
-             if value and name not in HOW}
+             if value and name not in HOW and (name, value) != ("updates_per_batch", 1)}
     num_eval = max(config.eval_questions, config.final_eval_questions)
     return weights and short_hash(
         dials, weights, world_hash(config.articles, config.wiki_seed, num_eval))

@@ -145,7 +145,7 @@ class Policy:
 
         def chunk(hidden, ids):
             logprobs = truncated_logprobs(
-                self.logits(hidden), self.config.temperature, self.config.top_p)
+                self.logits(hidden), self.config.temperature, self.config.top_p, ids[:, None])
             return logprobs.gather(-1, ids[:, None])[:, 0]
 
         if len(ids) <= size:
@@ -194,49 +194,66 @@ class Policy:
 
     # ------------------------------------------------------------ update
     def update(self, credits):
-        """One step of policy gradient on trees with credit: [{node: advantage}].
+        """Policy gradient on trees with credit, [{node: advantage}], `updates_per_batch` steps.
 
-        loss = − Σ advantage · ratio / (number of loss tokens), over the sampled tokens of all
-        nodes, each node once. With one update per batch the ratio is 1 and only its gradient
-        counts: the loss itself is minus the mean advantage, near zero whatever is learnt. A
-        loss or gradient that is not finite changes nothing and is counted."""
+        The loss is the mean of `token_losses` over the sampled tokens of all nodes, each node
+        once: tokens that several rollouts share are trained once, with the mean advantage of
+        their leaves. With one update the ratio is 1 and only its gradient counts: the loss is
+        minus the mean advantage, near zero whatever is learnt. A loss or gradient that is not
+        finite changes nothing and is counted. -> metrics, of the last update"""
         loss_tokens = sum(node.num_sampled for credit in credits for node in credit)
-        loss_sum = 0.0
-        self.model.train()
-        self.optimizer.zero_grad()
         rows = [row for credit in credits for row in self.rows(credit)]
         weight = {node: value for credit in credits for node, value in credit.items()}
-        for batch in self.micro_batches(rows):
-            logprobs = self.logprobs(batch)
-            owned = [node for _, row_owned in batch for node in row_owned]
-            advantage = np.repeat([weight[node] for node in owned], [n.num_sampled for n in owned])
-            advantage = torch.tensor(advantage, dtype=torch.float32, device=self.device)
-            ratio = (logprobs - logprobs.detach()).exp()
-            loss = -(advantage * ratio).sum() / loss_tokens
-            loss.backward()
-            loss_sum += loss.item()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm))
-        skipped = not (np.isfinite(norm) and np.isfinite(loss_sum))
-        if rows and not skipped:
-            self.optimizer.step()
+        self.model.train()
         self.optimizer.zero_grad()
+        num_skipped = 0
+        for _ in range(self.config.updates_per_batch):
+            loss_sum = 0.0
+            for batch in self.micro_batches(rows):
+                loss = self.row_losses(batch, weight).sum() / loss_tokens
+                loss.backward()
+                loss_sum += loss.item()
+            norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm))
+            if not (np.isfinite(norm) and np.isfinite(loss_sum)):
+                num_skipped += 1
+            elif rows:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
         return {"loss": loss_sum, "grad_norm": norm, "loss_tokens": loss_tokens,
-                "update_skipped": int(skipped)}
+                "update_skipped": num_skipped}
+
+    def row_losses(self, rows, weight):
+        """`token_losses` [n] of the sampled tokens that the rows own. The reference of the KL
+        term is the model without its adapter, because the adapter started at zero."""
+        config, reference = self.config, None
+        owned = [node for _, row_owned in rows for node in row_owned]
+        advantage = np.repeat([weight[node] for node in owned], [n.num_sampled for n in owned])
+        advantage = torch.tensor(advantage, dtype=torch.float32, device=self.device)
+        if config.kl:
+            with torch.no_grad(), self.model.disable_adapter():
+                reference = self.logprobs(rows)
+        logprobs = behaviour = self.logprobs(rows)
+        if config.updates_per_batch > 1:
+            behaviour = torch.tensor(np.concatenate([n.logprobs for n in owned])).to(self.device)
+        return token_losses(logprobs, behaviour.detach(), advantage, config.clip, reference,
+                            config.kl)
 
     def rows(self, credit):
         """Rows for `logprobs` that train every node of one tree with credit, each once. One
         bare rollout with its continuations is packed where that is cheaper than its paths."""
         root = path(next(iter(credit)))[0]
         found = []
+        if not self.config.kl:  # then a turn without advantage trains nothing
+            credit = {node: value for node, value in credit.items() if value}
         for subtree in root.children:
-            needed = {n for y in nodes(subtree) if credit[y] for n in path(y)}
+            needed = {n for y in nodes(subtree) if y in credit for n in path(y)}
             in_order = [n for n in nodes(subtree) if n in needed]
             ends = [n for n in in_order if not any(child in needed for child in n.children)]
             paths, taken = [path(end) for end in ends], set()
             if self.cost([root, *in_order], 1.0) < sum(self.cost(p, 0.5) for p in paths):
                 paths = [[root, *in_order]]
             for row_nodes in paths:
-                owned = [n for n in row_nodes if n not in taken and n in needed and credit.get(n)]
+                owned = [n for n in row_nodes if n not in taken and n in credit]
                 taken.update(owned)
                 found.append((row_nodes, owned))
         return found
@@ -341,6 +358,17 @@ def import_bitsandbytes():
         del sys.modules["kernels"]
         if hidden is not None:
             sys.modules["kernels"] = hidden
+
+
+def token_losses(logprobs, behaviour, advantage, clip, reference=None, kl=0.0):
+    """PPO's loss per token, all [n]: −min(A·ratio, A·clip(ratio, 1 ± clip)), where the ratio is
+    exp(log-prob − behaviour log-prob); and, given a reference, + kl·(exp(d) − d − 1) with
+    d = reference − log-prob: k3 (Schulman 2020), an estimate of KL(policy, reference)."""
+    ratio = (logprobs - behaviour).exp()
+    losses = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip, 1 + clip))
+    if reference is not None:
+        losses = losses + kl * (torch.expm1(reference - logprobs) - (reference - logprobs))
+    return losses
 
 
 def is_path(row_nodes):

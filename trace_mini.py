@@ -9,7 +9,7 @@ the paper, or left open by it and chosen here:
  3. The tree-aware advantage is one of five by name (paper: not public). By default a turn y
     gets (V̂(y) − V̂(root)) / std: GRPO's advantage, averaged over the leaves below the turn.
     A turn that several rollouts share is trained once.
- 4. One update per batch, so there is nothing to clip, and no KL term.
+ 4. One update per batch, so there is nothing to clip, and no KL term, unless flags say so.
  5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).
  6. Pool size, group size and learning rate are first guesses: nothing is tuned yet.
 """
@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 NUM_TOY_QUESTIONS = 4000
 LOWEST = {"steps": 0, "budget": 1, "num_continuations": 0, "pool_size": 1, "group_size": 2,
           "cap": 2, "concentration": 0, "floor": 0, "learning_rate": 0, "lora_rank": 1,
+          "updates_per_batch": 1, "clip": 0, "kl": 0,
           "temperature": 1e-3, "top_p": 1e-3, "max_turns": 1, "eval_questions": 1,
           "checkpoint_every": 1, "articles": 100, "final_eval_questions": 0, "eval_every": 0,
           "seed": 0, "turn_tokens": 0, "observation_tokens": 0, "context": 0, "cache_tokens": 1,
@@ -103,6 +104,10 @@ class Config:
     predictor: str = option("", f"{', '.join(PREDICTORS)} (default: the arm's own, mostly head)")
     targets: str = option("all", "the predictor learns from all leaves, or from fresh ones only")
     learning_rate: float = option(6e-4, "of AdamW on the LoRA weights")
+    updates_per_batch: int = option(1, "optimiser steps on the trees of one training step")
+    clip: float = option(0.2, "with several of them: the ratio to the sampling policy is clipped "
+                         "to 1 plus or minus this")
+    kl: float = option(0.0, "weight of the KL divergence from the policy without adapter")
     lora_rank: int = option(16, "rank of the LoRA adapters")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     temperature: float = option(1.0, "of sampling in training; evaluation is greedy")
@@ -145,6 +150,7 @@ class Config:
         for name, size in zip(("turn_tokens", "observation_tokens", "context"), sizes):
             setattr(self, name, getattr(self, name) or size)
         self.num_continuations *= self.prefix_rule != "none"
+        self.clip *= self.updates_per_batch > 1  # else the ratio is 1
 
 
 # ---------------------------------------------------------------- data

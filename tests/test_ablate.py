@@ -60,6 +60,7 @@ def test_hash_knows_dials_weights_and_world_and_nothing_else(tmp_path):
     base = made_with(Config(articles=150))
     assert base == made_with(Config(articles=150, seed=3, out="x", show_every=1))
     assert base == made_with(Config(articles=150, predictor="head")), "given or by default"
+    assert base == made_with(Config(articles=150, clip=0.5)), "one update clips nothing"
     others = [Config(articles=150, learning_rate=1e-3), Config(articles=151),
               Config(articles=150, wiki_seed=1), Config(articles=150, method="grpo")]
     assert len({base, *map(made_with, others)}) == 5

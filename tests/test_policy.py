@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import fresh_policy
-from rollout import draw, ended, grow, keyed_uniforms, prefill
+from policy import load_policy, token_losses
+from rollout import draw, ended, grow, keyed_uniforms, prefill, truncated_logprobs
 from trace_mini import HERE, Config, load_data
 from tree import Node, advantages, backup, leaves, nodes, path, path_ids, prefixes
 
@@ -177,6 +178,13 @@ def test_inverse_cdf_sampling_follows_the_distribution():
         torch.testing.assert_close(logprobs.exp(), expected[ids])
 
 
+def test_a_sampled_word_stays_in_the_nucleus():
+    """Outside by rounding or after an update, its log-prob would be -inf, its ratio nan."""
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    kept = truncated_logprobs(logits, 1.0, 0.6, torch.tensor([[3]]))[0].exp()
+    torch.testing.assert_close(kept, torch.tensor([0.5, 0.25, 0, 0.1]) / 0.85)
+
+
 def expanded(policy, data, num=4):
     """Backed-up trees with continuations, so that paths share prefixes. Their rewards are set by
     hand, alternately: there is contrast whatever the policy can do."""
@@ -232,6 +240,62 @@ def test_update_is_the_gradient_of_the_stated_loss(policy, data, rule, packing, 
     result = policy.update(credits)
     assert result["loss_tokens"] == total and not result["update_skipped"]
     assert (seen["grad"] - want).norm() / want.norm() < 1e-4
+
+
+def test_token_losses_by_hand():
+    """Ratios 2, 2, 1/2, 1/2 and 1.1, clip 0.2: the smaller of A·ratio and A·clipped counts, and
+    only where that is A·ratio there is a gradient, −A·ratio. k3 of ratio 2: 1/2 − ln(1/2) − 1."""
+    behaviour = torch.log(torch.tensor([0.1, 0.1, 0.4, 0.4, 0.5]))
+    logprobs = torch.log(torch.tensor([0.2, 0.2, 0.2, 0.2, 0.55])).requires_grad_()
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
+    losses = token_losses(logprobs, behaviour, advantage, 0.2)
+    losses.sum().backward()
+    torch.testing.assert_close(losses, torch.tensor([-1.2, 2.0, -0.5, 0.8, -2.2]))
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 2.0, -0.5, 0.0, -2.2]))
+    with_kl = token_losses(logprobs, behaviour, advantage, 0.2, behaviour, 0.1)
+    k3 = torch.tensor([0.5, 0.5, 2.0, 2.0, 1 / 1.1])
+    torch.testing.assert_close(with_kl - losses, 0.1 * (k3 - k3.log() - 1))
+
+
+def test_kl_pulls_towards_the_policy_before_training(data):
+    """Without advantages only the KL term is left. Its gradient is that of the formula by paths,
+    with a policy that was never trained as the reference: its adapter is zero."""
+    policy, start = fresh_policy(kl=0.3), load_policy(Config())
+    credits = [dict.fromkeys(nodes(root)[1:], 0.0) for root in expanded(policy, data, num=2)]
+    scored = [node for credit in credits for node in credit]
+    total = sum(node.num_sampled for node in scored)
+    policy.model.train()
+    value = 0.0
+    for node in scored:
+        with torch.no_grad():
+            reference = start.logprobs([(path(node), [node])])
+        gap = reference - policy.logprobs([(path(node), [node])])
+        loss = 0.3 * (gap.exp() - gap - 1).sum() / total
+        loss.backward()
+        value += loss.item()
+    want, seen = gradient_of(policy), {}
+    policy.optimizer.step = lambda: seen.update(grad=gradient_of(policy))
+    policy.config.max_grad_norm = 1e9
+    assert policy.update(credits)["loss"] == pytest.approx(value, rel=1e-3) and value > 0
+    assert (seen["grad"] - want).norm() / want.norm() < 1e-3
+
+
+def test_a_second_update_sees_ratios_and_clips_them(data, monkeypatch):
+    """The first finds the recorded log-probs, ratio 1; the second, a step later, does not."""
+    policy, ratios = fresh_policy(updates_per_batch=2, clip=1e-6, learning_rate=1e-3), []
+
+    def spy(logprobs, behaviour, *rest):
+        ratios.append((logprobs - behaviour).exp().detach())
+        return token_losses(logprobs, behaviour, *rest)
+    monkeypatch.setattr("policy.token_losses", spy)
+    policy.config.micro_batch_tokens = 10 ** 9  # one batch
+    roots, found = grown(policy, data, num=1, count=2)
+    result = policy.update([{node: 1.0 for node in nodes(roots[0])[1:]}])
+    first, second = ratios
+    assert (first - 1).abs().max() < 1e-4 and (second - 1).abs().max() > 1e-3
+    clipped = second.clamp(max=1 + 1e-6).sum() / len(second)  # advantage 1
+    assert result["loss"] == pytest.approx(-clipped.item(), rel=1e-4)
+    assert result["update_skipped"] == 0 and len(policy.optimizer.state) == len(policy.trained)
 
 
 def test_a_bad_number_skips_the_update(data):
