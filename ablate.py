@@ -75,7 +75,7 @@ PRESETS = {
 RESULTS, RUNS = HERE / "results", HERE / "runs" / "ablate"
 # Dials that do not say what is run; the method's choices are dials of their own
 HOW = {"method", "seed", "out", "resume", "show_every", "checkpoint_every", "cache_tokens",
-       "micro_batch_tokens", "logit_chunk"}
+       "micro_batch_tokens", "gradient_checkpointing", "logit_chunk"}
 
 
 class Run(NamedTuple):

@@ -2,32 +2,20 @@
 
 Sampling is in rollout.py. Shapes: R rows, T tokens, S cache columns, W width, V vocabulary.
 """
-import logging
-import os
-import sys
-import warnings
 from contextlib import contextmanager
 from functools import partial
-from glob import escape as glob_escape
-from glob import glob
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
-from react_env import FEW_SHOT, prompt_text
-from rollout import truncated_logprobs
+from loading import (ModelError, end_of_turn, first_line, import_bitsandbytes,  # noqa: F401
+                     load_model, prompt_ids)
+from rollout import RaggedCache, truncated_logprobs
 from tree import Node, nodes, path
 
-transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks the old way
-
 PLAIN_BYTES = 2 ** 28  # a model whose layers fit in this samples with plain matrices
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or used, in one line."""
+MOST_COLUMNS = 131072  # of the cache, however large the memory
+CPU_BYTES = 2 ** 32    # memory that is planned with where there is no GPU
 
 
 class Policy:
@@ -45,29 +33,29 @@ class Policy:
         if self.context <= config.turn_tokens:
             raise ModelError(f"a context of {self.context} tokens has no room for a turn of "
                              f"{config.turn_tokens}; see --context and --turn-tokens")
-        self.few_shot, self.notice = not config.is_tiny, ""
-        self.cache_tokens = config.cache_tokens
         layers = [m for m in self.body.modules() if hasattr(m, "base_layer")]
         linear = all(isinstance(m.base_layer, torch.nn.Linear) for m in layers)  # not GPT-2's
         num_bytes = sum(m.in_features * m.out_features for m in layers) * self.head.weight.itemsize
         self.plain = layers if linear and num_bytes <= PLAIN_BYTES else []
         size = base.config.hidden_size * base.config.num_hidden_layers
         self.attention_scale = sum(m.in_features * m.out_features for m in layers) / (2 * size)
+        self.eager = base.config._attn_implementation == "eager"
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=0.0)
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        self.end_ids = {*ends, tokenizer.eos_token_id} - {None}
-        bos = tokenizer.bos_token_id
-        self.start_ids = [bos] if tokenizer("a").input_ids[:1] == [bos] else []
-        self.check_logits()
+        self.end_ids = {*ends, tokenizer.eos_token_id, *end_of_turn(tokenizer)} - {None}
         # only a token with one of these characters can complete an action or fake an observation
         self.may_end = [i in self.end_ids or "]" in text or ":" in text for i, text in
                         enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))]
+        self.check_logits()
+        self.plan_memory()
 
-        room = self.context - len(self.encode(FEW_SHOT))
-        if self.few_shot and room < 4 * config.turn_tokens:
-            self.few_shot = False
+        self.few_shot, self.notice = not config.bare_prompt, ""
+        chat = bool(tokenizer.chat_template) and not config.bare_prompt
+        self.prompt = prompt_ids(tokenizer, self.few_shot, chat)
+        if self.few_shot and self.context - sum(map(len, self.prompt)) < 4 * config.turn_tokens:
+            self.few_shot, self.prompt = False, prompt_ids(tokenizer, False, chat)
             self.notice = ("the examples of the prompt do not fit into a context of "
                            f"{self.context} tokens: prompting with the bare question")
 
@@ -78,7 +66,8 @@ class Policy:
 
     def root(self, question, env):
         """The root node of a question's tree: its prompt."""
-        ids = self.start_ids + self.encode(prompt_text(question, self.few_shot))
+        before, behind = self.prompt
+        ids = before + self.encode(" " + question.text) + behind
         return Node(np.array(ids, np.int32), 0, env.reset(question))
 
     def text(self, ids):
@@ -91,9 +80,17 @@ class Policy:
         positions = torch.as_tensor(positions, device=self.device)
         cache.place(positions)
         columns = torch.arange(cache.width, device=self.device)
-        mask = columns <= positions[:, None, :, None]  # [R, 1, T, S]
+        mask = self.mask(columns <= positions[:, None, :, None])  # [R, 1, T, S]
         return self.body(input_ids=ids, attention_mask=mask, position_ids=positions,
                          past_key_values=cache, use_cache=True).last_hidden_state
+
+    def mask(self, seen):
+        """What may be seen, as the model's attention wants to be told: SDPA takes booleans."""
+        if not self.eager:
+            return seen
+        dtype = self.head.weight.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(
+            ~seen, torch.finfo(dtype).min)
 
     def logits(self, hidden):
         """Hidden states [..., W] -> logits [..., V] over the words of the tokenizer."""
@@ -107,8 +104,49 @@ class Policy:
             ours = self.logits(self.body(input_ids=ids).last_hidden_state)
             theirs = self.model(input_ids=ids).logits[..., :self.num_words]
         if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02):
-            raise ModelError(f"model {self.config.model}: its logits are not head(hidden state), "
-                             "an architecture that is not supported")
+            raise ModelError("its logits are not head(hidden state), an architecture that is "
+                             "not supported")
+
+    def plan_memory(self):
+        """Choose `cache_tokens` and `checkpointing` from what is free, and from what a short pass
+        shows that a token takes in the cache and in the update.
+
+        The caches of live episodes get a third of it, as much as those that finished ones left
+        and as those being made by forking. By the time of the update they are gone.
+        Qwen2.5-1.5B in NF4 on 8 GB: 1.2 GB of weights (a third of them the 151,936 words in 16
+        bits), 0.3 GB of LoRA with its optimiser, 0.5 GB of CUDA itself; 6 GB remain. A token
+        takes 2 x 28 layers x 2 heads x 128 numbers of 16 bits in the cache, 29 kB: 70,000 fit
+        into 2 GB. The update of 4,096 tokens would keep 28 x 147 kB each, 17 GB. With gradient
+        checkpointing it is 28 x 3 kB, and one layer at a time: 1.2 GB, and 0.6 GB of logits."""
+        config, cache, kept = self.config, RaggedCache(), {}
+        ids, positions = np.zeros((1, 64), np.int64), np.arange(64)[None]
+        with self.sampling():
+            self.forward(ids, positions, cache)
+        self.column_bytes = sum(x.nbytes for x in cache.keys + cache.values) // 64
+
+        def note(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        self.model.train()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.body(input_ids=torch.as_tensor(ids, device=self.device), use_cache=False)
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        kept_bytes = sum(size for place, size in kept.items() if place not in weights) / 64
+
+        free = free_bytes(self.device) - 12 * sum(p.numel() for p in self.trained)  # to be AdamW's
+        columns = min(MOST_COLUMNS, int(free / 3 / self.column_bytes))
+        self.cache_tokens = self.planned_tokens = config.cache_tokens or max(columns, self.context)
+        longest = max(config.micro_batch_tokens, self.context)
+        self.checkpointing = config.gradient_checkpointing or longest * kept_bytes > free / 2
+        if self.checkpointing:
+            self.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+
+    def memory_line(self):
+        return (f"memory: {max(1, self.cache_tokens // self.context)} live episodes of at most "
+                f"{self.context:,} tokens, cache of {self.cache_tokens:,} tokens "
+                f"({self.cache_tokens * self.column_bytes / 1e9:.1f} GB), micro-batches of "
+                f"{self.config.micro_batch_tokens:,} tokens, gradient checkpointing "
+                f"{'on' if self.checkpointing else 'off'}")
 
     @contextmanager
     def sampling(self):
@@ -186,7 +224,7 @@ class Policy:
                 targets.append(node.ids[:node.num_sampled])
         ids, positions = (torch.tensor(x, device=self.device) for x in (ids, positions))
         if not paths:
-            mask = torch.tensor(mask[:, None], device=self.device)  # [R, 1, T, T]
+            mask = self.mask(torch.tensor(mask[:, None], device=self.device))  # [R, 1, T, T]
         hidden = self.body(input_ids=ids, position_ids=positions, attention_mask=mask,
                            use_cache=False).last_hidden_state
         return self.token_logprobs(hidden[at_row, at_column], torch.tensor(
@@ -295,69 +333,25 @@ class Policy:
 
 def load_policy(config):
     """Policy of `config.model`: the embedded tiny model, a local folder or a hub id."""
-    import_bitsandbytes()
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    name = config.model_path
-    where = {"local_files_only": True} if os.path.isdir(name) else {}
-    if not where and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"model {config.model}: no such folder")
-    if where and not any(glob(os.path.join(glob_escape(name), pattern))
-                         for pattern in ("tokenizer*", "vocab*", "*.model")):
-        raise ModelError(f"model {config.model}: no tokenizer in that folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except Exception as error:
-        raise ModelError(
-            f"model {config.model}: no tokenizer there ({first_line(error)})") from None
-    dtype = torch.bfloat16 if config.device == "cuda" else torch.float32
-    quantization = None
-    if config.four_bit:
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                          bnb_4bit_compute_dtype=dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa",
-            device_map={"": config.device}, **where)
-        check_blocks(config, model)
-        torch.manual_seed(config.seed)  # the LoRA matrices A start at random, B at zero
-        model = get_peft_model(model, LoraConfig(
-            r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear",
-            lora_dropout=0.0, task_type="CAUSAL_LM"))
-        return Policy(model, tokenizer, config)
-    except ModelError:
-        raise
+        return Policy(*load_model(config), config)
+    except ModelError as error:
+        why = error
+    except torch.cuda.OutOfMemoryError:
+        why = "does not fit into the memory of the GPU"
     except Exception as error:
         hint = "; --no-4bit does without bitsandbytes" if config.four_bit else ""
-        raise ModelError(
-            f"model {config.model}: cannot be used ({first_line(error)}){hint}") from None
+        why = f"cannot be used ({first_line(error)}){hint}"
+    raise ModelError(f"model {config.model}: {why}")
 
 
-def check_blocks(config, model):
-    """On CPU, bitsandbytes 0.50 misreads NF4 rows that do not fill whole blocks: the weights
-    come back with an error of a quarter instead of a tenth, and nothing says so."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Linear4bit" and config.device == "cpu":
-            if module.in_features % module.weight.blocksize:
-                raise ModelError(f"model {config.model}: bitsandbytes on CPU misreads {name}, "
-                                 f"whose rows of {module.in_features} weights do not fill its "
-                                 f"blocks of {module.weight.blocksize}; use --no-4bit")
-
-
-def import_bitsandbytes():
-    """Import it without its search for a CPU kernel on a hub: where the package `kernels` is
-    installed that would go to the network, and where it is not it prints a warning."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    hidden, sys.modules["kernels"] = sys.modules.get("kernels"), None  # import fails, by design
-    try:
-        import bitsandbytes
-        return bitsandbytes
-    except ImportError:
-        return None  # then only --no-4bit works, and loading says so
-    finally:
-        del sys.modules["kernels"]
-        if hidden is not None:
-            sys.modules["kernels"] = hidden
+def free_bytes(device):
+    """Memory that PyTorch may still take on the device."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    most = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(free + torch.cuda.memory_reserved(device), most) - torch.cuda.memory_allocated(device)
 
 
 def token_losses(logprobs, behaviour, advantage, clip, reference=None, kl=0.0):
@@ -374,7 +368,3 @@ def token_losses(logprobs, behaviour, advantage, clip, reference=None, kl=0.0):
 def is_path(row_nodes):
     """Is each node the parent of the next?"""
     return all(n.parent is m for m, n in zip([None, *row_nodes], row_nodes))
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0][:200]

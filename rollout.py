@@ -122,11 +122,27 @@ def draw(logits, uniforms, temperature, top_p):
 
 
 def prefill(policy, anchors):
-    """Compute cache and hidden state of anchors that have none (all roots of the pool)."""
+    """Compute cache and hidden state of anchors that have none (all roots of the pool). Caches
+    beyond `cache_tokens` are not kept: an anchor is fed again if something grows from it."""
+    def work(chunk):
+        fill(policy, chunk)
+        if held_tokens(anchors) > policy.cache_tokens:
+            forget_caches(chunk)
+        return []
     with policy.sampling():
-        for chunk in chunks(policy, [a for a in anchors if a.cache is None]):
-            feed(policy, RaggedCache(), chunk, [path_ids(a)[:policy.context] for a in chunk],
-                 [0] * len(chunk))
+        in_chunks(policy, [a for a in anchors if a.cache is None], anchors, work)
+
+
+def fill(policy, anchors):
+    if anchors:
+        feed(policy, RaggedCache(), anchors, [path_ids(a)[:policy.context] for a in anchors],
+             [0] * len(anchors))
+
+
+def held_tokens(roots):
+    """Cache columns that the trees of these roots hold on to."""
+    caches = {node.cache[0] for root in roots for node in nodes(root) if node.cache}
+    return sum(cache.keys[0].shape[0] * cache.keys[0].shape[2] for cache in caches)
 
 
 def forget_caches(roots):
@@ -137,10 +153,30 @@ def forget_caches(roots):
             node.cache = None
 
 
-def chunks(policy, jobs):
-    """Split the work so that the cache of a chunk holds at most `cache_tokens` columns."""
-    size = max(1, policy.cache_tokens // policy.context)
-    return [jobs[i:i + size] for i in range(0, len(jobs), size)]
+def in_chunks(policy, jobs, roots, work):
+    """All that `work(chunk)` returns, over chunks whose caches hold at most `cache_tokens`
+    columns. Out of GPU memory, the chunk starts again at half the size, all trees without their
+    caches: what is needed of them is computed again. One job that does not fit is an error."""
+    def split(jobs):
+        size = max(1, policy.cache_tokens // policy.context)
+        return [jobs[i:i + size] for i in range(0, len(jobs), size)]
+    pending, found = split(jobs), []
+    while pending:
+        try:
+            found += work(pending[0])
+            del pending[0]
+            continue
+        except torch.cuda.OutOfMemoryError:
+            if len(pending[0]) == 1:
+                raise
+        # here, since the error held the frames, and they the tensors, of what did not fit
+        if policy.cache_tokens == policy.planned_tokens:
+            warnings.warn("out of GPU memory: halving the number of live episodes")
+        policy.cache_tokens = len(pending[0]) // 2 * policy.context
+        forget_caches(roots)
+        torch.cuda.empty_cache()
+        pending = split([job for chunk in pending for job in chunk])
+    return found
 
 
 def feed(policy, cache, row_nodes, ids, starts):
@@ -166,9 +202,9 @@ def grow(policy, env, anchors, counts, key=(), temperature=None):
 
     `key` = (seed, step): with question and sample number it fixes every random number, so
     that episodes do not depend on how the work is split. Nodes keep their ids and log-probs,
-    and where the episode goes on, also the hidden state and the place in the cache."""
-    prefill(policy, [a for a, n in zip(anchors, counts) if n])
-    jobs, numbers, grown = [], {}, []
+    and where the episode goes on, also the hidden state and the place in the cache (those of
+    a chunk are not kept if the trees then hold more than `cache_tokens` columns)."""
+    jobs, numbers, grown, roots = [], {}, [], {path(anchor)[0]: None for anchor in anchors}
     for anchor, count in zip(anchors, counts):
         root = path(anchor)[0]
         for _ in range(count):
@@ -181,24 +217,24 @@ def grow(policy, env, anchors, counts, key=(), temperature=None):
             else:
                 jobs.append((anchor, number, rollout_key(
                     *key, anchor.state.question.id, number)))
+
+    def work(chunk):
+        before = {anchor: len(anchor.children) for anchor, _, _ in chunk}
+        fresh = [anchor for anchor in before if anchor.cache is None]
+        try:
+            fill(policy, fresh)
+            found = grow_chunk(policy, env, chunk, temperature)
+        except torch.cuda.OutOfMemoryError:
+            for anchor, count in before.items():  # forget what was half done
+                del anchor.children[count:]
+            raise
+        if held_tokens(roots) > policy.cache_tokens:
+            forget_caches(child for anchor in before for child in anchor.children[before[anchor]:])
+            for anchor in fresh:
+                anchor.cache = None
+        return found
     with policy.sampling():
-        pending = chunks(policy, jobs)
-        while pending:
-            chunk = pending.pop(0)
-            before = {anchor: len(anchor.children) for anchor, _, _ in chunk}
-            try:
-                grown += grow_chunk(policy, env, chunk, temperature)
-            except torch.cuda.OutOfMemoryError:
-                if len(chunk) == 1:
-                    raise
-                for anchor, count in before.items():  # forget what was half done
-                    del anchor.children[count:]
-                torch.cuda.empty_cache()
-                if policy.cache_tokens == policy.config.cache_tokens:
-                    warnings.warn("out of GPU memory: halving the number of live episodes")
-                policy.cache_tokens = len(chunk) // 2 * policy.context
-                pending = chunks(policy, chunk + [job for rest in pending for job in rest])
-    return grown
+        return grown + in_chunks(policy, jobs, roots, work)
 
 
 def grow_chunk(policy, env, jobs, temperature):
@@ -240,11 +276,24 @@ def grow_chunk(policy, env, jobs, temperature):
             return grown
         hidden = feed(policy, cache, fed, ids, starts)
         if len(staying) <= 0.7 * len(jobs):  # finished episodes leave
+            if ends := [n.parent for n in row_nodes if n.is_leaf and n.parent.cache[0] is cache]:
+                move(ends)
             jobs = [jobs[r] for r in staying]
             row_nodes = [row_nodes[r] for r in staying]
             numbers, keys = [numbers[r] for r in staying], keys[staying]
-            cache = RaggedCache.fork([n.cache for n in row_nodes], [n.length for n in row_nodes])
+            cache = move(row_nodes)
             hidden = hidden[torch.tensor(staying, device=policy.device)]
+
+
+def move(row_nodes):
+    """Copy the rows in which these nodes end to a cache of their own; -> the cache. All nodes
+    that lay in those rows then refer to it: no copy of a path outlives its use."""
+    moved = RaggedCache.fork([n.cache for n in row_nodes], [n.length for n in row_nodes])
+    for row, node in enumerate(row_nodes):
+        old = node.cache[0]
+        while node is not None and node.cache and node.cache[0] is old:
+            node.cache, node = (moved, row), node.parent
+    return moved
 
 
 def observation_ids(policy, state, text):

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from allocator import PREFIX_RULES, ROOT_RULES, Anchors, deal_in_proportion, predicted_mixed_prob
 from draw import draw_curve
+from loading import first_line, knows_bare_prompt
 from policy import ModelError, load_policy
 from predictor import PREDICTORS, concentrations, predict, score_and_update
 from react_env import DataError, ReActEnv, load_questions, write_predictions
@@ -45,7 +46,7 @@ LOWEST = {"steps": 0, "budget": 1, "num_continuations": 0, "pool_size": 1, "grou
           "updates_per_batch": 1, "clip": 0, "kl": 0,
           "temperature": 1e-3, "top_p": 1e-3, "max_turns": 1, "eval_questions": 1,
           "checkpoint_every": 1, "articles": 100, "final_eval_questions": 0, "eval_every": 0,
-          "seed": 0, "turn_tokens": 0, "observation_tokens": 0, "context": 0, "cache_tokens": 1,
+          "seed": 0, "turn_tokens": 0, "observation_tokens": 0, "context": 0, "cache_tokens": 0,
           "micro_batch_tokens": 1, "logit_chunk": 1, "show_every": 0}
 
 
@@ -116,8 +117,11 @@ class Config:
     turn_tokens: int = option(0, "tokens per turn at most (0: 40 for tiny, else 128)")
     observation_tokens: int = option(0, "an observation is cut here (0: 160 for tiny, else 256)")
     context: int = option(0, "tokens per path at most (0: 768 for tiny, else 4096)")
-    cache_tokens: int = option(131072, "cache columns of the episodes sampled together")
+    cache_tokens: int = option(0, "cache columns of the episodes sampled together (0: as many as "
+                               "fit, at most 131072)")
     micro_batch_tokens: int = option(4096, "padded tokens per backward pass")
+    gradient_checkpointing: bool = option(False, "recompute activations in the update: slower, "
+                                          "far less memory (by itself where they would not fit)")
     logit_chunk: int = option(2 ** 25, "logits held at once in the update")
     eval_questions: int = option(500, "held-out questions per evaluation")
     final_eval_questions: int = option(0, "held-out questions after the last step; the others "
@@ -144,9 +148,9 @@ class Config:
             raise UsageError("--eval-data goes with training on a --data file; without one, or "
                              "with --eval-only, name the file as --data")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.is_tiny = self.model == "tiny"
-        self.model_path = str(HERE / "tiny") if self.is_tiny else self.model
-        sizes = (40, 160, 768) if self.is_tiny else (128, 256, 4096)
+        self.model_path = str(HERE / "tiny") if self.model == "tiny" else self.model
+        self.bare_prompt = knows_bare_prompt(self.model_path)
+        sizes = (40, 160, 768) if self.bare_prompt else (128, 256, 4096)
         for name, size in zip(("turn_tokens", "observation_tokens", "context"), sizes):
             setattr(self, name, getattr(self, name) or size)
         self.num_continuations *= self.prefix_rule != "none"
@@ -262,6 +266,7 @@ def train_step(config, state, policy, predictor, data):
         m = ROOT_RULES[config.root_rule](Anchors(
             v, successes=seen[:, 0], failures=seen[:, 1], concentration=sure,
             cost=state.expected_tokens(pool), **dials), num_bare, rng)
+    forget_caches([root for root, count in zip(pool, m) if not count])
     roots, v, sure, m = ([root for root, count in zip(pool, m) if count],
                          v[m > 0], sure[m > 0], m[m > 0])
 
@@ -414,6 +419,7 @@ def run(config):
         start_folder(folder, config)
     elif config.eval_only:
         policy.load_state_dict(load_checkpoint(folder)["policy"])
+    say(policy.memory_line())
     if policy.notice:
         say(policy.notice)
     if config.eval_only:
@@ -427,6 +433,11 @@ def main(arguments=None):
         run(parse_config(Config, __doc__, arguments))
     except (UsageError, DataError, ModelError) as error:
         print(f"trace_mini.py: {error}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"trace_mini.py: {first_line(error)} Smaller --micro-batch-tokens, --cache-tokens "
+              "or --context take less, and so does --gradient-checkpointing; a run goes on with "
+              "--resume DIR and other memory dials", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

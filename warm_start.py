@@ -240,7 +240,7 @@ def build_tiny():
 def as_llama(model):
     """The same function as a Llama with biases (that of its output is zero): in a folder that
     says Qwen2, transformers puts Qwen2's own pre-tokenizer in the place of ours."""
-    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, **SHAPE))
+    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, trace_mini_prompt="bare", **SHAPE))
     llama.load_state_dict(model.state_dict(), strict=False)
     return llama
 
