@@ -74,8 +74,8 @@ PRESETS = {
                for rate in ("6e-4", "1.2e-3", "2.4e-3") for n in sizes}}
 RESULTS, RUNS = HERE / "results", HERE / "runs" / "ablate"
 # Dials that do not say what is run; the method's choices are dials of their own
-HOW = {"method", "seed", "out", "resume", "show_every", "checkpoint_every", "cache_tokens",
-       "micro_batch_tokens", "gradient_checkpointing", "logit_chunk"}
+HOW = {"method", "seed", "out", "resume", "show_every", "show_tree", "checkpoint_every",
+       "cache_tokens", "micro_batch_tokens", "gradient_checkpointing", "logit_chunk"}
 
 
 class Run(NamedTuple):

@@ -125,7 +125,7 @@ def tree_text(root, text_of, width=56):
     return "\n".join([*lines, "✓ right   ✗ wrong   … no answer   ◆ expanded prefix"])
 
 
-ROW, COLUMN, BEND, LEFT, HEADER, SIZE = 0.36, 1.7, 0.34, 1.95, 1.15, 8.5  # inches; SIZE points
+ROW, COLUMN, BEND, LEFT, SIZE = 0.38, 1.7, 0.28, 0.35, 9.5  # inches; SIZE points
 FONT = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))  # to measure text with
 FONT.set_size(SIZE, 720)  # dots per inch
 CMAP = matplotlib.colormaps["cividis"]  # its lightness alone orders it
@@ -138,9 +138,10 @@ def draw_tree(root, text_of, title="", estimate=""):
     what the policy wrote there. Node colour and number: `estimate`, "predicted" (Ṽ) or "value"
     (V̂); by default Ṽ if the root has one. Line width: rollouts through a turn."""
     estimate = estimate or ("value" if root.predicted is None else "predicted")
-    question = textwrap.wrap(root.state.question.text, 25, max_lines=9, placeholder=" …")
-    at = _layout(root, least=len(question) * 0.15)
-    width, height = max(max(x for x, _ in at.values()) + 0.25, 6.2), 2 * at[root][1] + HEADER
+    at = _layout(root)
+    width = max(max(x for x, _ in at.values()) + 0.25, 5.6)
+    head = [title] * bool(title) + textwrap.wrap(root.state.question.text, int(11.5 * width))
+    height = 2 * at[root][1] + 0.2 * len(head) + 1.0
     axes = (figure := Picture(figsize=(width, height))).add_axes((0, 0, 1, 1))
     axes.axis((0, width, 0, height))  # data coordinates are inches
     axes.axis("off")
@@ -148,27 +149,27 @@ def draw_tree(root, text_of, title="", estimate=""):
         if node is not root:
             _draw_turn(axes, *at[node.parent], x, y, node.num_leaves, _action(node, text_of))
         _draw_node(axes, x, y, _mark(node), getattr(node, "reward" if node.is_leaf else estimate))
-    axes.text(LEFT - 0.22, at[root][1], "\n".join(question), ha="right", va="center",
-              fontsize=SIZE, parse_math=False)
-    axes.text(0.2, height - 0.1, title, va="top", fontsize=11, weight="bold", parse_math=False)
-    bar = axes.inset_axes((0.25, height - 0.55, 1.4, 0.14), transform=axes.transData)
+    for i, line in enumerate(head):
+        axes.text(0.15, height - 0.1 - 0.2 * i, line, va="top", fontsize=10.5, parse_math=False,
+                  weight="bold" if line is title else "normal")
+    top = height - 0.2 * len(head) - 0.3
+    bar = axes.inset_axes((0.2, top - 0.07, 1.4, 0.14), transform=axes.transData)
     figure.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), bar, orientation="horizontal",
-                    ticks=(0, 0.5, 1), format="{x:g}").ax.tick_params(labelsize=7, length=2, pad=1)
-    axes.text(1.8, height - 0.48, LABELS[estimate], fontsize=SIZE, va="center")
-    axes.text(0.2, height - 0.9, "✓ right    ✗ wrong    … no answer    ring: expanded prefix"
-              "    line width: rollouts through the turn", fontsize=SIZE)
+                    ticks=(0, 0.5, 1), format="{x:g}").ax.tick_params(labelsize=8, length=2, pad=1)
+    axes.text(1.75, top, LABELS[estimate], fontsize=SIZE, va="center")
+    axes.text(0.15, top - 0.42, "✓ right   ✗ wrong   … no answer   ring: expanded prefix"
+              "   line width: rollouts", fontsize=SIZE)
     return figure
 
 
-def _layout(root, least):
-    """{node: (x, y)} in inches, y upwards, at least `least` high, with the root in the middle."""
+def _layout(root):
+    """{node: (x, y)} in inches, y upwards, with the root in the middle."""
     at, num = {}, sum(not node.children for node in nodes(root))
-    middle = max(least, num * ROW) / 2
-    y = middle - (num - 1) * ROW / 2  # of the lowest leaf
+    y = ROW / 2  # of the lowest leaf
     for node in reversed(nodes(root)):  # last leaf first; a bare rollout is a straight line
         at[node] = LEFT + node.depth * COLUMN, at[node.children[0]][1] if node.children else y
         y += 0 if node.children else ROW
-    return at | {root: (LEFT, middle)}
+    return at | {root: (LEFT, num * ROW / 2)}
 
 
 def _draw_turn(axes, x0, y0, x, y, num_leaves, action):
@@ -177,9 +178,9 @@ def _draw_turn(axes, x0, y0, x, y, num_leaves, action):
     line = matplotlib.path.Path([(x0, y0), (x0, y), (left, y), (x, y)], [1, 3, 3, 2])
     axes.add_patch(patches.PathPatch(line, fill=False, ec="#999999", lw=thick, zorder=1))
     kind, argument = parse_action(action)
-    argument = _cut(argument[:60], x - left - 0.23)
+    argument = _cut(argument[:60], x - left - 0.26)
     style = {"textcoords": "offset points", "parse_math": False}
-    axes.annotate(kind.title(), (left, y), (2, thick / 2), fontsize=7, va="bottom", **style)
+    axes.annotate(kind.title(), (left, y), (2, thick / 2), fontsize=8, va="bottom", **style)
     axes.annotate(argument, (left, y), (2, -thick / 2 - 1), fontsize=SIZE, va="top", **style)
 
 

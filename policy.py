@@ -73,6 +73,10 @@ class Policy:
     def text(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def wrote(self, node):
+        """What the policy wrote in a turn, without the observation."""
+        return self.text(node.ids[:node.num_sampled])
+
     # ------------------------------------------------------------ forward passes
     def forward(self, ids, positions, cache):
         """Feed ids [R, T] at positions [R, T] -> last hidden states [R, T, W]."""

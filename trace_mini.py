@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from allocator import PREFIX_RULES, ROOT_RULES, Anchors, deal_in_proportion, predicted_mixed_prob
-from draw import draw_curve
+from draw import draw_curve, tree_text
 from loading import first_line, knows_bare_prompt
 from policy import ModelError, load_policy
 from predictor import PREDICTORS, concentrations, predict, score_and_update
@@ -131,6 +131,7 @@ class Config:
     articles: int = option(1000, "size of the toy wiki")
     wiki_seed: int = option(0, "seed of the toy wiki")
     show_every: int = option(10, "steps between printed episodes")
+    show_tree: bool = option(False, "with each of them, the tree of a prompt with contrast")
 
     def __post_init__(self):
         for name, names in NAMES.items():  # the method comes first: it fills in the others
@@ -379,6 +380,8 @@ def train(config, policy, data, folder):
         say(describe(row))
         if config.show_every and state.step % config.show_every == 0:
             say(transcript(policy, path(leaves(trees[0])[0])))
+            if config.show_tree:
+                say(tree_text(next(filter(has_contrast, trees), trees[0]), policy.wrote))
         last = state.step == config.steps
         if last or (config.eval_every and state.step % config.eval_every == 0):
             result = score(last)

@@ -72,6 +72,22 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(finished, tmp_path):
     assert metrics(folder)[-1]["eval_em"] == metrics(finished)[-1]["eval_em"]
 
 
+def test_show_tree_prints_a_tree_and_changes_nothing_else(finished, tmp_path, capsys):
+    folder = tmp_path / "shown"
+    assert main(["--steps", "1", "--show-every", "1", "--out", str(folder), *SMALL]) == 0
+    plain = capsys.readouterr().out
+    assert main(["--steps", "1", "--show-every", "1", "--show-tree", "--out",
+                 str(tmp_path / "tree"), *SMALL]) == 0
+    shown = capsys.readouterr().out
+    assert "(question)" not in plain and "(question)" in shown
+    tree = shown[shown.index("(question)"):]
+    assert "✓ Finish[" in tree and "✗" in tree, "a tree with contrast"
+    skip = {"eval_em", "eval_f1"}
+    rows = [{k: v for k, v in timeless(metrics(f)[0]).items() if k not in skip}
+            for f in (finished, folder, tmp_path / "tree")]
+    assert rows[0] == rows[1] == rows[2]
+
+
 def test_resuming_a_finished_run_says_so(finished, capsys):
     assert main(["--resume", str(finished)]) == 0
     assert "already at its last step" in capsys.readouterr().out
