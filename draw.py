@@ -1,4 +1,4 @@
-"""The pictures, without pyplot: a run's curve, the arms of an ablation, the rollout tree."""
+"""The pictures, without pyplot: a run's curve, the arms of an ablation, the cycle, the tree."""
 import io
 import json
 import textwrap
@@ -95,6 +95,30 @@ def _label(axes, ylabel, xlabel="sampled tokens since the start", ncols=1):
     axes.xaxis.set_major_formatter(ticker.EngFormatter())  # 50 k, 1 M
     axes.grid(alpha=0.3)
     axes.legend(loc=(0, 1.01), frameon=False, handlelength=3.5, ncols=ncols)  # hides no data
+
+
+STEPS = ("1  draw a pool\nof prompts", "2  stage 1:\nwhich prompts", "3  sample bare\nrollouts",
+         "4  stage 2:\nwhich prefixes", "5  sample\ncontinuations", "6  targets,\nbottom up",
+         "7  update the\npredictor", "8  update the\npolicy")
+
+
+def draw_cycle(*present):
+    """The eight steps of TRACE in a ring, as a Figure; the steps of these numbers are marked."""
+    axes = (figure := Picture(figsize=(6.4, 1.75))).add_axes((0, 0, 1, 1))
+    axes.axis((0, 6.4, 0, 1.75))  # data coordinates are inches
+    axes.axis("off")
+    at = [(0.82 + 1.59 * min(i, 7 - i), 1.3 if i < 4 else 0.45) for i in range(8)]
+    for i, ((x, y), text) in enumerate(zip(at, STEPS)):
+        marked = i + 1 in present
+        axes.add_patch(patches.FancyBboxPatch(
+            (x - 0.6, y - 0.22), 1.2, 0.44, "round,pad=0.06", lw=1.2, zorder=2,
+            fc=BLUE if marked else "white", ec="black"))
+        axes.text(x, y, text, ha="center", va="center", fontsize=9, zorder=3,
+                  color="white" if marked else "black", weight="bold" if marked else "normal")
+        axes.add_patch(patches.FancyArrowPatch(
+            (x, y), at[(i + 1) % 8], arrowstyle="-|>", mutation_scale=12, lw=1.2, color="gray",
+            shrinkA=49 if i % 4 < 3 else 21, shrinkB=49 if i % 4 < 3 else 21))
+    return figure
 
 
 def _action(node, text_of):

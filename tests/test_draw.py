@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from draw import draw_arms, draw_curve, draw_tree, mean_and_band, student_t, tree_text
+from draw import (STEPS, draw_arms, draw_curve, draw_cycle, draw_tree, mean_and_band, student_t,
+                  tree_text)
 from react_env import Episode, Question
 from tree import Node, backup, nodes
 
@@ -112,6 +113,15 @@ def test_arms_are_drawn_with_gaps_and_strangers(tmp_path):
     assert draw_arms(rows, tmp_path / "arms.png").read_bytes().startswith(PNG)
     assert b"<svg" in draw_arms(rows, tmp_path / "arms.svg").read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"arms.png", "arms.svg"}
+
+
+def test_the_cycle_marks_the_present_steps_and_cuts_no_label():
+    figure = draw_cycle(2, 4)
+    texts, renderer = figure.axes[0].texts, FigureCanvasAgg(figure).get_renderer()
+    assert [t.get_text() for t in texts] == list(STEPS)
+    assert [i for i, t in enumerate(texts, 1) if t.get_weight() == "bold"] == [2, 4]
+    assert all(t.get_window_extent(renderer).width < 1.32 * figure.dpi
+               for t in draw_cycle(*range(9)).axes[0].texts), "wider than its box, in inches"
 
 
 def test_tree_text():
