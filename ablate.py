@@ -66,12 +66,12 @@ PRESETS = {
     "transfer": {f"{arm}@{where}": (flags, num) for where in ("wiki", "hops")
                  for arm, flags, num in (("grpo", GRPO, 10), ("trace", TRACE, 10), ("pcl", PCL, 5),
                                          ("treepo", TREEPO, 5))},
-    "tuning": {f"{arm}-{rate}-{dial}{n}":  # six trials each, with --dev only
+    "tuning": {f"{arm}-{rate}-{dial}{n}":  # four trials each, with --dev only
                (f"{flags} --learning-rate {rate} --{dial}-size {n}", 1)
                for arm, flags, dial, sizes in (
                    ("grpo", GRPO, "group", (4, 8)), ("pcl", PCL, "group", (4, 8)),
                    ("treepo", TREEPO, "group", (6, 9)), ("trace", TRACE, "pool", (64, 256)))
-               for rate in ("6e-4", "1.2e-3", "2.4e-3") for n in sizes}}
+               for rate in ("1.2e-3", "2.4e-3") for n in sizes}}
 RESULTS, RUNS = HERE / "results", HERE / "runs" / "ablate"
 # Dials that do not say what is run; the method's choices are dials of their own
 HOW = {"method", "seed", "out", "resume", "show_every", "show_tree", "checkpoint_every",

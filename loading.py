@@ -1,4 +1,4 @@
-"""A model by name: its files, its weights in 4 bits with LoRA adapters, its tokenizer, its prompt."""
+"""A model by name: files, weights in 4 bits with LoRA adapters, tokenizer, prompt."""
 import json
 import logging
 import os

@@ -355,7 +355,8 @@ def free_bytes(device):
         return CPU_BYTES
     free, total = torch.cuda.mem_get_info(device)
     most = torch.cuda.get_per_process_memory_fraction(device) * total
-    return min(free + torch.cuda.memory_reserved(device), most) - torch.cuda.memory_allocated(device)
+    most = min(free + torch.cuda.memory_reserved(device), most)
+    return most - torch.cuda.memory_allocated(device)
 
 
 def token_losses(logprobs, behaviour, advantage, clip, reference=None, kl=0.0):
