@@ -43,6 +43,7 @@ OTHER_WIKI, TRAINED_HOPS, MORE_HOPS = 2, 4, 6  # of the transfer
 # The arms as tuned; see PROTOCOL.md
 GRPO, PCL, TREEPO, TRACE, ORACLE = (f"--method {arm}" for arm in (
     "grpo", "pcl", "treepo", "trace", "oracle"))
+BETA = f"{TRACE} --predictor beta"  # a form of TRACE
 
 # {preset: {arm: (flags of trace_mini.py, number of seeds)}}. An arm is compared with the first one
 # of its preset, and NAME@X with the first of those @X.
@@ -70,7 +71,8 @@ PRESETS = {
                (f"{flags} --learning-rate {rate} --{dial}-size {n}", 1)
                for arm, flags, dial, sizes in (
                    ("grpo", GRPO, "group", (4, 8)), ("pcl", PCL, "group", (4, 8)),
-                   ("treepo", TREEPO, "group", (6, 9)), ("trace", TRACE, "pool", (64, 256)))
+                   ("treepo", TREEPO, "group", (6, 9)), ("trace", TRACE, "pool", (64, 256)),
+                   ("beta", BETA, "pool", (64, 256)))
                for rate in ("1.2e-3", "2.4e-3") for n in sizes}}
 RESULTS, RUNS = HERE / "results", HERE / "runs" / "ablate"
 # Dials that do not say what is run; the method's choices are dials of their own

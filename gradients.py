@@ -11,7 +11,7 @@ its predictor learning online as in a run, and no gradient is ever applied. A ro
 
 each with a standard error (jackknife over batches). Squares and products of means are taken over
 pairs of different batches, so that noise does not count as signal. The reference is the gradient
-of the mean success of uniformly drawn prompts: bare rollouts in groups, reward minus the group's
+of the mean success on held-out questions: bare rollouts in groups, reward minus the group's
 mean, divided by no standard deviation; its own noise is known from its two halves.
 """
 import sys
@@ -27,7 +27,7 @@ from rollout import forget_caches, grow
 from runs import (Parser, State, UsageError, load_checkpoint, parse_config, read_config,
                   trim_memory)
 from tables import write_rows
-from trace_mini import Config, draw_pool, load_data, train_step
+from trace_mini import Config, load_data, train_step
 from tree import advantages, backup
 
 ARMS = {
@@ -49,13 +49,12 @@ def record(policy):
     return kept
 
 
-def reference(policy, data, kept, num_prompts, seed):
-    """-> [2, parameters]: the gradient of mean success, from two halves of the prompts."""
-    questions, _ = draw_pool(data.train, num_prompts, 0, seed)
+def reference(policy, data, kept, seed):
+    """-> [2, parameters]: the gradient of mean success, from two halves of the questions."""
     halves, size = np.zeros((2, sum(p.numel() for p in policy.trained))), 32
-    for i in tqdm(range(0, num_prompts, size), desc="reference", leave=False):
-        roots = [policy.root(question, data.env) for question in questions[i:i + size]]
-        grow(policy, data.env, roots, [GROUP] * len(roots), (seed, "reference"))
+    for i in tqdm(range(0, len(data.eval), size), desc="reference", leave=False):
+        roots = [policy.root(question, data.eval_env) for question in data.eval[i:i + size]]
+        grow(policy, data.eval_env, roots, [GROUP] * len(roots), (seed, "reference"))
         forget_caches(roots)
         for root in roots:
             backup(root)
@@ -69,15 +68,18 @@ def reference(policy, data, kept, num_prompts, seed):
 def measure(config, policy, data, kept, num_warm, num_batches):
     """-> (gradients [num_batches, parameters], loss share) of an arm."""
     predictor = PREDICTORS[config.predictor](policy=policy, env=data.env, seed=config.seed)
-    state, loss_tokens, start = State(), 0, 0
+    state, gradients, loss_tokens, sampled_tokens = State(), [], 0, 0
     state.first_cost(50, config.num_continuations)
-    for step in tqdm(range(num_warm + num_batches), desc=config.method, leave=False):
-        kept[:] = kept if step > num_warm else []
-        start = start if step > num_warm else state.sampled_tokens
+    for _ in tqdm(range(num_warm + num_batches), desc=config.method, leave=False):
+        before = state.sampled_tokens
         _, row = train_step(config, state, policy, predictor, data)
-        loss_tokens += row["loss_tokens"] * (step >= num_warm)
+        gradient = kept.pop() if kept else np.zeros(sum(p.numel() for p in policy.trained))
+        if state.step > num_warm:  # without contrast there is no update: a gradient of zero
+            gradients.append(gradient)
+            loss_tokens += row["loss_tokens"]
+            sampled_tokens += state.sampled_tokens - before
         trim_memory()
-    return np.array(kept), loss_tokens / (state.sampled_tokens - start)
+    return np.array(gradients), loss_tokens / sampled_tokens
 
 
 def compare(gradients, halves):
@@ -102,18 +104,20 @@ def compare(gradients, halves):
 
 
 def run(args):
-    base = read_config(Config, args.run)
+    arms = args.arms.split("; ") if args.arms else list(ARMS)
+    if unknown := set(arms) - set(ARMS):
+        raise UsageError(f"--arms {min(unknown)}: choose from {'; '.join(ARMS)}")
+    base = read_config(Config, args.run, final_eval_questions=args.prompts)
     world = ["--wiki-seed", str(base.wiki_seed), "--model", base.model, "--seed", str(base.seed),
              "--budget", args.budget]
     configs = {name: parse_config(Config, "", [*flags.split(), *world])
-               for name, flags in ARMS.items() if name in args.arms.split("; ") or not args.arms}
+               for name, flags in ARMS.items() if name in arms}
     data, policy = load_data(base), load_policy(base)
     policy.load_state_dict(load_checkpoint(Path(args.run))["policy"])
     kept, rows = record(policy), []
-    halves = reference(policy, data, kept, args.prompts, base.seed)
+    halves = reference(policy, data, kept, base.seed)
     for name, config in configs.items():
         gradients, loss_share = measure(config, policy, data, kept, args.warm, args.batches)
-        kept.clear()
         scores = compare(gradients, halves)
         rows.append({"arm": name, "batches": len(gradients), "loss_share": loss_share} | {
             key: value for measure, pair in scores.items()
@@ -132,9 +136,10 @@ def main(arguments=None):
     parser.add_argument("--arms", default="", help="some of: " + "; ".join(ARMS))
     parser.add_argument("--budget", default="12000", help="tokens of a batch [%(default)s]")
     parser.add_argument("--batches", type=int, default=60, help="per arm [%(default)s]")
-    parser.add_argument("--warm", type=int, default=15, help="batches before them, from which "
-                        "only the predictor learns [%(default)s]")
-    parser.add_argument("--prompts", type=int, default=2048, help="of the reference [%(default)s]")
+    parser.add_argument("--warm", type=int, default=15,
+                        help="batches before them: only the predictor learns [%(default)s]")
+    parser.add_argument("--prompts", type=int, default=2048,
+                        help="held-out questions of the reference [%(default)s]")
     parser.add_argument("--out", help="a CSV file")
     try:
         run(parser.parse_args(arguments))
