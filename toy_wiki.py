@@ -390,11 +390,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of the wiki")
     parser.add_argument("--oracle", type=int, metavar="N", help="let the oracle answer N questions")
     parser.add_argument("--build-tiny", action="store_true",
-                        help="rebuild the embedded policy in tiny/ (about 15 minutes on two cores)")
+                        help="rebuild the embedded policy in tiny/ (about 15 minutes on two cores; "
+                        "with --seed 1 another one, in tiny2/)")
     args = parser.parse_args()
     if args.build_tiny:
         from warm_start import build_tiny
-        return build_tiny()
+        return build_tiny(args.seed)
     world = make_world(args.articles, args.seed)
     env = ReActEnv(world.wiki)
     questions = make_questions(world, args.oracle or 8)

@@ -77,7 +77,7 @@ def demonstrations(seed, slip, max_hops=3, per_wiki=100):
 SYLLABLE = f"(?:{'|'.join(SYLLABLES)})"
 
 
-def make_tokenizer(num_texts=3000):
+def make_tokenizer(seed=0, num_texts=3000):
     """Byte-level BPE over demonstrations; its one special token is end and padding.
 
     Copying names is most of what the policy must learn, so a name has the same few tokens
@@ -86,7 +86,7 @@ def make_tokenizer(num_texts=3000):
     def apart(match):
         return "-".join(re.findall(f"{SYLLABLE}|ia", match[0], re.I))
     texts = ["".join(text for text, _ in pieces)
-             for pieces in itertools.islice(demonstrations(0, never), num_texts)]
+             for pieces in itertools.islice(demonstrations(4 * seed, never), num_texts)]
     texts = [re.sub(rf"\b{SYLLABLE}{{2,}}(ia)?", apart, text, flags=re.I) for text in texts]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -106,15 +106,15 @@ SHAPE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LA
          "eos_token_id": 0, "pad_token_id": 0}
 
 
-def make_model():
+def make_model(seed=0):
     """An untrained Qwen2: of the stock architectures the one with biases on queries and keys."""
     model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
     with torch.no_grad():
-        wire_copying(model)
+        wire_copying(model, seed)
     return model
 
 
-def wire_copying(model, sharpness=5.0, match=1.7, size=0.1):
+def wire_copying(model, seed=0, sharpness=5.0, match=1.7, size=0.1):
     """Begin with induction heads (Olsson et al. 2022) instead of waiting for them: found by
     gradient descent alone they took most of the warm start, and names came out mixed.
 
@@ -125,7 +125,7 @@ def wire_copying(model, sharpness=5.0, match=1.7, size=0.1):
     All of it is a starting point: training goes on from there."""
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     size_of_head = first.head_dim
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     model.model.embed_tokens.weight.normal_(0, WIDTH ** -0.5, generator=generator)
     R, S = (torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0] for _ in "RS")
     heads = [slice(i * size_of_head, (i + 1) * size_of_head) for i in range(4)]
@@ -220,21 +220,21 @@ def fit(model, stream, num_steps, rate, name, nf4=False):
                   f"{time.time() - start:.0f} s", flush=True)
 
 
-def build_tiny():
-    """Build the embedded policy from its seed and report its spread. The weights are shipped on
-    the NF4 grid in half precision: loaded in 4 bits or in 16, it is the same policy."""
-    torch.manual_seed(0)
-    tokenizer, model = make_tokenizer(), make_model()
-    easy = itertools.islice(demonstrations(1, never, max_hops=1), 150 * BATCH)
-    clean = itertools.chain(easy, demonstrations(2, never))
+def build_tiny(seed=0):
+    """Build the embedded policy and report its spread: seed 0 makes tiny/, 1 tiny2/, and so on. The
+    weights lie on the NF4 grid in half precision: loaded in 4 bits or in 16, they are the same."""
+    torch.manual_seed(seed)
+    first, tokenizer, model = 4 * seed, make_tokenizer(seed), make_model(seed)
+    easy = itertools.islice(demonstrations(first + 1, never, max_hops=1), 150 * BATCH)
+    clean = itertools.chain(easy, demonstrations(first + 2, never))
     fit(model, batches(tokenizer, clean), 1000, 0.7, "clean")
-    fit(model, batches(tokenizer, demonstrations(3, flawed(random.Random(3)))), 350, 0.35,
-        "flawed", nf4=True)
+    wrong = demonstrations(first + 3, flawed(random.Random(first + 3)))
+    fit(model, batches(tokenizer, wrong), 350, 0.35, "flawed", nf4=True)
     round_to_nf4(model)
-    folder = Path(__file__).resolve().parent / "tiny"
+    folder = Path(__file__).resolve().parent / f"tiny{seed + 1 if seed else ''}"
     as_llama(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    report()
+    report(str(folder), wiki_seed=seed)
 
 
 def as_llama(model):
@@ -245,10 +245,10 @@ def as_llama(model):
     return llama
 
 
-def report(num_questions=100, num_rollouts=64):
+def report(model="tiny", wiki_seed=0, num_questions=100, num_rollouts=64):
     """Print greedy accuracy and the spread of success probabilities, by kind and hop count."""
     from trace_mini import Config, evaluate, load_data
-    config = Config(eval_questions=num_questions)
+    config = Config(model=model, wiki_seed=wiki_seed, eval_questions=num_questions)
     data, policy = load_data(config), load_policy(config)
     greedy = evaluate(policy, data.env, data.eval)
     roots = [policy.root(question, data.env) for question in data.eval]

@@ -27,10 +27,10 @@ def test_measures_are_those_of_a_known_distribution():
 
 def test_the_command_measures_and_changes_nothing(tmp_path, capsys):
     run, out = str(tmp_path / "run"), tmp_path / "gradients.csv"
-    assert train(["--steps", "1", "--budget", "400", "--eval-questions", "4", "--articles", "150",
+    assert train(["--steps", "1", "--budget", "400", "--eval-questions", "4", "--articles", "300",
                   "--out", run]) == 0
     saved = (tmp_path / "run/checkpoint/step-000001.pt").read_bytes()
-    assert main([run, "--batches", "3", "--warm", "1", "--prompts", "40", "--budget", "600",
+    assert main([run, "--batches", "3", "--warm", "1", "--prompts", "40", "--budget", "2000",
                  "--arms", "grpo; trace", "--out", str(out)]) == 0
     rows = read_rows(out)
     assert [row["arm"] for row in rows] == ["grpo", "trace"]
