@@ -39,16 +39,16 @@ def features(anchors):
 
 class HeadPredictor:
     """One linear layer on hidden states and plain features; MSE as in the paper. It learns from
-    the last `memory` steps together: one step shows it few prompts. (A hidden layer learnt no
+    the last `memory` anchors together: one step shows it few prompts. (A hidden layer learnt no
     more, and later; without the prompt's own hidden state prefixes were predicted worse.)"""
     num_outputs = 1
 
-    def __init__(self, policy, env=None, seed=0, learning_rate=1e-2, passes=16, memory=8):
+    def __init__(self, policy, env=None, seed=0, learning_rate=1e-2, passes=16, memory=2000):
         self.network = self.make_network(policy)
         torch.nn.init.zeros_(self.network[-1].weight)  # starts at one half everywhere
         torch.nn.init.zeros_(self.network[-1].bias)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
-        self.passes, self.memory, self.lessons = passes, memory, []
+        self.passes, self.memory, self.lessons = passes, memory, None
 
     def make_network(self, policy):
         width = 2 * policy.body.config.hidden_size + 3
@@ -76,11 +76,11 @@ class HeadPredictor:
             before = self.loss(*new).item()
         if not np.isfinite(before):
             return before
-        self.lessons = [*self.lessons, new][-self.memory:]
-        together = [torch.cat(parts) for parts in zip(*self.lessons)]
+        old = self.lessons or [part[:0] for part in new]
+        self.lessons = [torch.cat(parts)[-self.memory:] for parts in zip(old, new)]
         for _ in range(self.passes):
             self.optimizer.zero_grad()
-            self.loss(*together).backward()
+            self.loss(*self.lessons).backward()
             self.optimizer.step()
         return before
 

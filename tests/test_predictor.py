@@ -81,7 +81,7 @@ def test_lessons_that_are_not_finite_are_not_kept():
     before = predictor.predict(inputs)
     broken = inputs._replace(hidden=inputs.hidden * np.nan)
     assert np.isnan(predictor.update(broken, targets, weights))
-    assert np.array_equal(predictor.predict(inputs), before) and len(predictor.lessons) == 1
+    assert np.array_equal(predictor.predict(inputs), before) and len(predictor.lessons[0]) == 200
 
 
 def test_same_seed_same_head():
