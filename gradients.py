@@ -33,7 +33,8 @@ from tree import advantages, backup
 ARMS = {
     "grpo": "--method grpo", "grpo, not standardised": "--method grpo --advantage root_value",
     "pcl": "--method pcl", "treepo": "--method treepo", "root": "--method root",
-    "prefix": "--method prefix", "trace": "--method trace",
+    "prefix": "--method prefix", "prefix, tree_grpo": "--method prefix --advantage tree_grpo",
+    "prefix, treepo": "--method prefix --advantage treepo", "trace": "--method trace",
     "trace, pool 256": "--method trace --pool-size 256",
     "trace, Beta": "--method trace --predictor beta",
     "trace, Beta, pool 256": "--method trace --predictor beta --pool-size 256"}
