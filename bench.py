@@ -139,6 +139,30 @@ def trees_with_shared(policy, env, questions, share):
     return roots, 1 - own / sum(leaf.length for root in roots for leaf in leaves(root))
 
 
+def by_paths(policy):
+    """The alternative to packing: every path a row of a padded batch, similar lengths together.
+    -> micro_batches and logprobs to stand in for the policy's own; loss and gradient are alike."""
+    def micro_batches(weight):
+        paths, left = sorted((path(node) for node in weight if node.is_leaf),
+                             key=lambda nodes_: nodes_[-1].length), dict(weight)
+        while paths:
+            size = max(1, policy.config.micro_batch_tokens // paths[-1][-1].length)
+            batch, paths = paths[-size:], paths[:-size]
+            yield batch, [n for nodes_ in batch for n in nodes_ if left.pop(n, None)]
+
+    def logprobs(rows):
+        [(paths, owned)] = rows
+        ids = torch.zeros(len(paths), max(nodes_[-1].length for nodes_ in paths), dtype=torch.long)
+        for row, nodes_ in enumerate(paths):
+            ids[row, :nodes_[-1].length] = torch.tensor(path_ids(nodes_[-1]))
+        hidden = policy.body(input_ids=ids.to(policy.device), use_cache=False).last_hidden_state
+        row_of = {node: row for row, nodes_ in enumerate(paths) for node in nodes_}
+        at = [(row_of[n], n.parent.length + i) for n in owned for i in range(n.num_sampled)]
+        row, column = torch.tensor(at, device=policy.device).T
+        return policy.token_logprobs(hidden[row, column - 1], ids.to(policy.device)[row, column])
+    return micro_batches, logprobs
+
+
 def engine(policy, data):
     """Rows 1 to 3: sampling, continuing, updating."""
     for live in (64, 256):
@@ -164,15 +188,14 @@ def engine(policy, data):
     for share in (0.0, 0.3, 0.6, 0.9):
         trees, real = trees_with_shared(policy, data.env, data.train[:16], share)
         credits = [{n: 1.0 - 2 * (i % 2) for i, n in enumerate(nodes(root)[1:])} for root in trees]
-        packing = policy.cost
+        packed = policy.micro_batches, policy.logprobs
 
-        def update(cost):
-            policy.cost = cost
+        def update(parts):
+            policy.micro_batches, policy.logprobs = parts
             policy.update(credits)
-            policy.cost = packing
+            policy.micro_batches, policy.logprobs = packed
         yield compare(f"update, {100 * real:.0f} % of the tokens shared (other: path by path)", "s",
-                      lambda: update(packing),
-                      lambda: update(lambda row_nodes, attended: attended == 1.0))
+                      lambda: update(packed), lambda: update(by_paths(policy)))
 
 
 def main():

@@ -27,8 +27,7 @@ def load_model(config):
     """-> (model with LoRA adapters, tokenizer) of `config.model`."""
     import_bitsandbytes()
     from peft import LoraConfig, get_peft_model
-    from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer,
-                              BitsAndBytesConfig)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     folder = find_files(config.model_path)
     if not any(file for kind in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(kind)):
         raise ModelError("no tokenizer in that folder")
@@ -40,11 +39,9 @@ def load_model(config):
     if config.four_bit:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                           bnb_4bit_compute_dtype=dtype)
-    shape = AutoConfig.from_pretrained(folder, local_files_only=True)
-    capped = getattr(shape, "attn_logit_softcapping", None)  # Gemma 2: SDPA cannot do that
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=quantization, local_files_only=True,
-        attn_implementation="eager" if capped else "sdpa", device_map={"": config.device})
+        attn_implementation="tree", device_map={"": config.device})  # packing.py's
     if config.device == "cpu":
         check_blocks(model)
     torch.manual_seed(config.seed)  # the LoRA matrices A start at random, B at zero

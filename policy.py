@@ -10,8 +10,9 @@ import torch
 
 from loading import (ModelError, end_of_turn, first_line, import_bitsandbytes,  # noqa: F401
                      load_model, prompt_ids)
+from packing import pack
 from rollout import RaggedCache, truncated_logprobs
-from tree import Node, nodes, path
+from tree import Node, path
 
 PLAIN_BYTES = 2 ** 28  # a model whose layers fit in this samples with plain matrices
 MOST_COLUMNS = 131072  # of the cache, however large the memory
@@ -37,9 +38,6 @@ class Policy:
         linear = all(isinstance(m.base_layer, torch.nn.Linear) for m in layers)  # not GPT-2's
         num_bytes = sum(m.in_features * m.out_features for m in layers) * self.head.weight.itemsize
         self.plain = layers if linear and num_bytes <= PLAIN_BYTES else []
-        size = base.config.hidden_size * base.config.num_hidden_layers
-        self.attention_scale = sum(m.in_features * m.out_features for m in layers) / (2 * size)
-        self.eager = base.config._attn_implementation == "eager"
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=0.0)
         ends = base.generation_config.eos_token_id
@@ -84,17 +82,9 @@ class Policy:
         positions = torch.as_tensor(positions, device=self.device)
         cache.place(positions)
         columns = torch.arange(cache.width, device=self.device)
-        mask = self.mask(columns <= positions[:, None, :, None])  # [R, 1, T, S]
+        mask = columns <= positions[:, None, :, None]  # [R, 1, T, S]
         return self.body(input_ids=ids, attention_mask=mask, position_ids=positions,
                          past_key_values=cache, use_cache=True).last_hidden_state
-
-    def mask(self, seen):
-        """What may be seen, as the model's attention wants to be told: SDPA takes booleans."""
-        if not self.eager:
-            return seen
-        dtype = self.head.weight.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(
-            ~seen, torch.finfo(dtype).min)
 
     def logits(self, hidden):
         """Hidden states [..., W] -> logits [..., V] over the words of the tokenizer."""
@@ -102,14 +92,20 @@ class Policy:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def check_logits(self):
-        """Some architectures scale their logits in ways of their own: refuse those."""
+        """Some architectures scale their logits in ways of their own, or have an attention that
+        does not ask ours: refuse those."""
         ids = torch.arange(3, device=self.device)[None]
+        root = Node(np.arange(3), 0, None)
+        left, right = (Node(np.arange(i, i + 4), 4, None, root) for i in (3, 7))
         with self.sampling():
-            ours = self.logits(self.body(input_ids=ids).last_hidden_state)
-            theirs = self.model(input_ids=ids).logits[..., :self.num_words]
-        if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02):
-            raise ModelError("its logits are not head(hidden state), an architecture that is "
-                             "not supported")
+            pairs = [(self.logits(self.body(input_ids=ids).last_hidden_state),
+                      self.model(input_ids=ids).logits[..., :self.num_words]),
+                     (self.logprobs([([root, left, right], [right])]),
+                      self.logprobs([([root, right], [right])]))]
+        for (a, b), why in zip(pairs, ("its logits are not head(hidden state)",
+                                       "its attention cannot be limited to a tree's paths")):
+            if not torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02):
+                raise ModelError(f"{why}, an architecture that is not supported")
 
     def plan_memory(self):
         """Choose `cache_tokens` and `checkpointing` from what is free, and from what a short pass
@@ -197,42 +193,16 @@ class Policy:
             for i in range(0, len(ids), size)])
 
     def logprobs(self, rows):
-        """Log-probs [n] of the sampled tokens of chosen nodes, in order.
-
-        rows: [(nodes, owned)]. `nodes` holds its root and every parent before its children: a
-        path, or a whole subtree packed into one sequence. `owned` are the nodes to score. In a
-        pack a token attends to its ancestors only, and positions count along its own path, so
-        that a shared prefix is computed once; a batch of plain paths needs no mask."""
-        length = max(sum(len(n.ids) for n in row_nodes) for row_nodes, _ in rows)
-        ids = np.zeros((len(rows), length), np.int64)
-        positions = np.tile(np.arange(length), (len(rows), 1))
-        paths = all(is_path(row_nodes) for row_nodes, _ in rows)
-        mask = None if paths else np.tile(np.eye(length, dtype=bool), (len(rows), 1, 1))
-        at_row, at_column, targets = [], [], []
-        for r, (row_nodes, owned) in enumerate(rows):
-            first, end = {}, 0  # column where each node begins
-            for node in row_nodes:
-                first[node], start, end = end, end, end + len(node.ids)
-                ids[r, start:end] = node.ids
-                positions[r, start:end] = np.arange(node.length - len(node.ids), node.length)
-                if not paths:
-                    mask[r, start:end, start:end] = np.tri(end - start, dtype=bool)
-                    if node.parent is not None:  # sees what its parent's last token sees
-                        above = first[node.parent] + len(node.parent.ids) - 1
-                        mask[r, start:end, :start] = mask[r, above, :start]
-            for node in owned:
-                above = first[node.parent] + len(node.parent.ids) - 1
-                columns = [above, *range(first[node], first[node] + node.num_sampled - 1)]
-                at_row += [r] * node.num_sampled
-                at_column += columns[:node.num_sampled]  # each column predicts the next token
-                targets.append(node.ids[:node.num_sampled])
-        ids, positions = (torch.tensor(x, device=self.device) for x in (ids, positions))
-        if not paths:
-            mask = self.mask(torch.tensor(mask[:, None], device=self.device))  # [R, 1, T, T]
-        hidden = self.body(input_ids=ids, position_ids=positions, attention_mask=mask,
-                           use_cache=False).last_hidden_state
-        return self.token_logprobs(hidden[at_row, at_column], torch.tensor(
-            np.concatenate(targets).astype(np.int64), device=self.device))
+        """Log-probs [n] of the sampled tokens of chosen nodes; rows: [(nodes, nodes to score)], as
+        `pack` takes them. What the paths of one row share is computed once."""
+        pack_ = pack(rows)
+        ids, positions, targets = (torch.tensor(x, device=self.device)
+                                   for x in (pack_.ids, pack_.positions, pack_.targets))
+        hidden = self.body(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, tree=pack_.tree,
+            attention_mask=ids.new_ones(1, 1, 1, 1, dtype=torch.bool)  # the tree stands for it
+        ).last_hidden_state[0]
+        return self.token_logprobs(hidden[pack_.columns], targets)
 
     # ------------------------------------------------------------ update
     def update(self, credits):
@@ -244,79 +214,57 @@ class Policy:
         minus the mean advantage, near zero whatever is learnt. A loss or gradient that is not
         finite changes nothing and is counted. -> metrics, of the last update"""
         loss_tokens = sum(node.num_sampled for credit in credits for node in credit)
-        rows = [row for credit in credits for row in self.rows(credit)]
         weight = {node: value for credit in credits for node, value in credit.items()}
+        batches = list(self.micro_batches(weight))
         self.model.train()
         self.optimizer.zero_grad()
         num_skipped = 0
         for _ in range(self.config.updates_per_batch):
             loss_sum = 0.0
-            for batch in self.micro_batches(rows):
-                loss = self.row_losses(batch, weight).sum() / loss_tokens
+            for nodes, owned in batches:
+                loss = self.losses(nodes, owned, weight).sum() / loss_tokens
                 loss.backward()
                 loss_sum += loss.item()
             norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm))
             if not (np.isfinite(norm) and np.isfinite(loss_sum)):
                 num_skipped += 1
-            elif rows:
+            elif batches:
                 self.optimizer.step()
             self.optimizer.zero_grad()
         return {"loss": loss_sum, "grad_norm": norm, "loss_tokens": loss_tokens,
                 "update_skipped": num_skipped}
 
-    def row_losses(self, rows, weight):
-        """`token_losses` [n] of the sampled tokens that the rows own. The reference of the KL
+    def losses(self, nodes, owned, weight):
+        """`token_losses` [n] of the sampled tokens of the nodes `owned`. The reference of the KL
         term is the model without its adapter, because the adapter started at zero."""
         config, reference = self.config, None
-        owned = [node for _, row_owned in rows for node in row_owned]
         advantage = np.repeat([weight[node] for node in owned], [n.num_sampled for n in owned])
         advantage = torch.tensor(advantage, dtype=torch.float32, device=self.device)
         if config.kl:
             with torch.no_grad(), self.model.disable_adapter():
-                reference = self.logprobs(rows)
-        logprobs = behaviour = self.logprobs(rows)
+                reference = self.logprobs([(nodes, owned)])
+        logprobs = behaviour = self.logprobs([(nodes, owned)])
         if config.updates_per_batch > 1:
             behaviour = torch.tensor(np.concatenate([n.logprobs for n in owned])).to(self.device)
         return token_losses(logprobs, behaviour.detach(), advantage, config.clip, reference,
                             config.kl)
 
-    def rows(self, credit):
-        """Rows for `logprobs` that train every node of one tree with credit, each once. One
-        bare rollout with its continuations is packed where that is cheaper than its paths."""
-        root = path(next(iter(credit)))[0]
-        found = []
-        if not self.config.kl:  # then a turn without advantage trains nothing
-            credit = {node: value for node, value in credit.items() if value}
-        for subtree in root.children:
-            needed = {n for y in nodes(subtree) if y in credit for n in path(y)}
-            in_order = [n for n in nodes(subtree) if n in needed]
-            ends = [n for n in in_order if not any(child in needed for child in n.children)]
-            paths, taken = [path(end) for end in ends], set()
-            if self.cost([root, *in_order], 1.0) < sum(self.cost(p, 0.5) for p in paths):
-                paths = [[root, *in_order]]
-            for row_nodes in paths:
-                owned = [n for n in row_nodes if n not in taken and n in credit]
-                taken.update(owned)
-                found.append((row_nodes, owned))
-        return found
-
-    def cost(self, row_nodes, attended):
-        """Relative cost of a row of L tokens: L for the weights and, for attention, L² times the
-        share of the square that the kernel computes (half where it is plainly causal)."""
-        length = sum(len(n.ids) for n in row_nodes)
-        return length + attended * length ** 2 / self.attention_scale
-
-    def micro_batches(self, rows):
-        """Batches of at most `micro_batch_tokens` padded tokens, similar lengths together, paths
-        apart from packs: those need a mask, which the attention of paths is faster without."""
-        for alike in ([row for row in rows if is_path(row[0])],
-                      [row for row in rows if not is_path(row[0])]):
-            alike.sort(key=lambda row: sum(len(n.ids) for n in row[0]))
-            while alike:
-                longest = sum(len(n.ids) for n in alike[-1][0])
-                size = max(1, self.config.micro_batch_tokens // longest)
-                yield alike[-size:]
-                del alike[-size:]
+    def micro_batches(self, weight):
+        """[(nodes, owned)] of at most `micro_batch_tokens` tokens, or one path, that train every
+        node with a weight once. A tree cut in two brings the path to the cut along."""
+        batch, owned, num_tokens = {}, [], 0  # a dict keeps its order
+        for node, value in weight.items():
+            if not node.num_sampled or not (value or self.config.kl):
+                continue  # it trains nothing
+            new = sum(len(n.ids) for n in path(node) if n not in batch)
+            if owned and num_tokens + new > self.config.micro_batch_tokens:
+                yield list(batch), owned
+                batch, owned, num_tokens, new = {}, [], 0, node.length
+            batch.update(dict.fromkeys(path(node)))
+            owned.append(node)
+            num_tokens += new
+        if owned:
+            yield list(batch), owned
 
     # ------------------------------------------------------------ state
     def state_dict(self):
@@ -368,8 +316,3 @@ def token_losses(logprobs, behaviour, advantage, clip, reference=None, kl=0.0):
     if reference is not None:
         losses = losses + kl * (torch.expm1(reference - logprobs) - (reference - logprobs))
     return losses
-
-
-def is_path(row_nodes):
-    """Is each node the parent of the next?"""
-    return all(n.parent is m for m, n in zip([None, *row_nodes], row_nodes))

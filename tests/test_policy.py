@@ -24,6 +24,14 @@ def recomputed(policy, leaf):
         return policy.logprobs([(path(leaf), path(leaf)[1:])]).cpu().numpy()
 
 
+def plain(policy, node):
+    """The same by the model as it comes: one path, causal attention, all logits."""
+    ids = torch.tensor(path_ids(node)[None].astype(np.int64))
+    logprobs = policy.model(input_ids=ids).logits[0, :, :policy.num_words].log_softmax(-1)
+    columns = torch.arange(node.num_sampled) + node.parent.length
+    return logprobs[columns - 1, ids[0, columns]]
+
+
 def recorded(leaf):
     return np.concatenate([node.logprobs for node in path(leaf)[1:]])
 
@@ -203,28 +211,48 @@ def gradient_of(policy):
 
 
 def test_packed_equals_path_by_path(policy, data):
-    """One sequence with an ancestor mask gives the log-probs and gradients of its paths."""
+    """One sequence gives the log-probs and gradients of its paths, each alone through the model's
+    own causal attention."""
     root = max(expanded(policy, data, num=3), key=lambda root: root.num_leaves)
-    pack = (nodes(root), nodes(root)[1:])
     policy.model.train()
     policy.model.zero_grad()
-    packed = policy.logprobs([pack])
+    packed = policy.logprobs([(nodes(root), nodes(root)[1:])])
     packed.sum().backward()
     gradient = gradient_of(policy)
     policy.model.zero_grad()
-    alone = torch.cat([policy.logprobs([(path(node), [node])]) for node in pack[1]])
+    alone = torch.cat([plain(policy, node) for node in nodes(root)[1:]])
     alone.sum().backward()
     assert (packed - alone).abs().max() < 1e-4
     assert (gradient - gradient_of(policy)).norm() / gradient.norm() < 1e-4
 
 
-@pytest.mark.parametrize("rule, packing", [("grpo", "always"), ("grpo", "never"),
-                                           ("node_value", "by cost")])
-def test_update_is_the_gradient_of_the_stated_loss(policy, data, rule, packing, monkeypatch):
-    """The update's gradient equals autograd on the formula, node by node, each node once."""
-    if packing != "by cost":
-        dear = 1.0 if packing == "never" else 0.5  # 1.0 asks for the cost of a pack
-        monkeypatch.setattr(policy, "cost", lambda row_nodes, attended: attended == dear)
+def test_a_capped_attention_in_a_pack(tmp_path):
+    """Gemma 2 caps the logits of its attention, which SDPA cannot: sampled, packed and alone."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(str(HERE / "tiny"))
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, attn_logit_softcapping=0.01,
+        initializer_range=0.3)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = fresh_policy(False, model=str(tmp_path), context=1024, turn_tokens=12)
+    data = load_data(Config(eval_questions=2))
+    root = grown(policy, data, num=1, count=3)[0][0]
+    turns = nodes(root)[1:]
+    with torch.no_grad():
+        packed = policy.logprobs([(nodes(root), turns)]).numpy()
+        policy.model.set_attn_implementation("eager")
+        alone = torch.cat([plain(policy, node) for node in turns]).numpy()
+    sampled = np.concatenate([node.logprobs for node in turns])
+    assert max(np.abs(packed - alone).max(), np.abs(sampled - alone).max()) < 1e-4
+
+
+@pytest.mark.parametrize("rule, tokens", [("grpo", 10 ** 9), ("grpo", 1), ("node_value", 400)])
+def test_update_is_the_gradient_of_the_stated_loss(policy, data, rule, tokens, monkeypatch):
+    """The update's gradient equals autograd on the formula, node by node, each node once: in one
+    pack, path by path, and in packs that cut trees in two."""
+    monkeypatch.setattr(policy.config, "micro_batch_tokens", tokens)
     credits = [c for c in (advantages(root, rule) for root in expanded(policy, data)) if c]
     total = sum(node.num_sampled for credit in credits for node in credit)
     policy.model.train()
