@@ -189,11 +189,11 @@ def draw_tree(root, text_of, title="", estimate=""):
 def _layout(root):
     """{node: (x, y)} in inches, y upwards, with the root in the middle."""
     at, num = {}, sum(not node.children for node in nodes(root))
-    y = ROW / 2  # of the lowest leaf
+    y = low = ROW / 2 + 0.05  # of the lowest leaf
     for node in reversed(nodes(root)):  # last leaf first; a bare rollout is a straight line
         at[node] = LEFT + node.depth * COLUMN, at[node.children[0]][1] if node.children else y
         y += 0 if node.children else ROW
-    return at | {root: (LEFT, num * ROW / 2)}
+    return at | {root: (LEFT, low + (num - 1) * ROW / 2)}
 
 
 def _draw_turn(axes, x0, y0, x, y, num_leaves, action):

@@ -12,6 +12,10 @@ the paper, or left open by it and chosen here:
  4. One update per batch, so there is nothing to clip, and no KL term, unless flags say so.
  5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).
  6. Pool size, group size and learning rate are first guesses: nothing is tuned yet.
+ 7. Both stages are solved exactly: a prompt gets no bare rollout or at least two, and one that
+    has no prefix hands its continuations back (paper: solvers not public).
+ 8. A generated toy Wikipedia and a policy of 1.2 M parameters stand in for the paper's multi-hop
+    questions and models of 8 and 14 B; real files and models are a flag away.
 """
 import signal
 import sys
