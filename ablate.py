@@ -43,7 +43,6 @@ OTHER_WIKI, TRAINED_HOPS, MORE_HOPS = 2, 4, 6  # of the transfer
 # The arms as tuned; see PROTOCOL.md
 GRPO, PCL, TREEPO, TRACE, ORACLE = (f"--method {arm}" for arm in (
     "grpo", "pcl", "treepo", "trace", "oracle"))
-BETA = f"{TRACE} --predictor beta"  # a form of TRACE
 
 # {preset: {arm: (flags of trace_mini.py, number of seeds)}}. An arm is compared with the first one
 # of its preset, and NAME@X with the first of those @X.
@@ -58,22 +57,21 @@ PRESETS = {
                    "active+active": (TRACE, 5)},
     "pool": {"grpo": (GRPO, 3), "trace": (TRACE, 3)}
     | {f"grpo-group{n}": (f"{GRPO} --group-size {n}", 3) for n in (4, 16)}
-    | {f"trace-pool{n}": (f"{TRACE} --pool-size {n}", 3) for n in (32, 128, 256)},
+    | {f"trace-pool{n}": (f"{TRACE} --pool-size {n}", 3) for n in (64, 128, 256)},
     "advantages": {rule: (f"{TRACE} --advantage {rule}", 3) for rule in ADVANTAGES},
     "predictors": {"head": (TRACE, 3), "head-fresh": (f"{TRACE} --targets fresh", 3)}
-    | {name: (f"{TRACE} --predictor {name}", 3) for name in ("logistic", "counts", "constant")},
+    | {name: (f"{TRACE} --predictor {name}", 3)
+       for name in ("beta", "logistic", "counts", "constant")},
     "values": {"plug-in": (TRACE, 3), "posterior": (f"{TRACE} --concentration 8", 3),
-               "cost-aware": (f"{TRACE} --cost-aware", 3), "floor": (f"{TRACE} --floor 0.1", 3)},
+               "cost-aware": (f"{TRACE} --cost-aware", 3), "floor": (f"{TRACE} --floor 0.25", 3)},
     "transfer": {f"{arm}@{where}": (flags, num) for where in ("wiki", "hops")
                  for arm, flags, num in (("grpo", GRPO, 10), ("trace", TRACE, 10), ("pcl", PCL, 5),
                                          ("treepo", TREEPO, 5))},
-    "tuning": {f"{arm}-{rate}-{dial}{n}":  # four trials each, with --dev only
-               (f"{flags} --learning-rate {rate} --{dial}-size {n}", 1)
-               for arm, flags, dial, sizes in (
-                   ("grpo", GRPO, "group", (4, 8)), ("pcl", PCL, "group", (4, 8)),
-                   ("treepo", TREEPO, "group", (6, 9)), ("trace", TRACE, "pool", (64, 256)),
-                   ("beta", BETA, "pool", (64, 256)))
-               for rate in ("1.2e-3", "2.4e-3") for n in sizes}}
+    "tuning": {f"grpo-rate{rate}": (f"{GRPO} --learning-rate {rate}", 1)  # with --dev only
+               for rate in ("6e-4", "2.4e-3")}
+    | {f"{arm}-{dial}{n}": (f"--method {arm} --{dial}-size {n}", 1) for arm, dial, sizes in (
+        ("grpo", "group", (4, 8)), ("pcl", "group", (4, 8)), ("treepo", "group", (6, 9)),
+        ("trace", "pool", (32, 256))) for n in sizes}}
 RESULTS, RUNS = HERE / "results", HERE / "runs" / "ablate"
 # Dials that do not say what is run; the method's choices are dials of their own
 HOW = {"method", "seed", "out", "resume", "show_every", "show_tree", "checkpoint_every",

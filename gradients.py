@@ -135,7 +135,7 @@ def main(arguments=None):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="run folder whose newest checkpoint is measured")
     parser.add_argument("--arms", default="", help="some of: " + "; ".join(ARMS))
-    parser.add_argument("--budget", default="12000", help="tokens of a batch [%(default)s]")
+    parser.add_argument("--budget", default="8000", help="tokens of a batch [%(default)s]")
     parser.add_argument("--batches", type=int, default=60, help="per arm [%(default)s]")
     parser.add_argument("--warm", type=int, default=15,
                         help="batches before them: only the predictor learns [%(default)s]")

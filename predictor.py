@@ -43,7 +43,7 @@ class HeadPredictor:
     more, and later; without the prompt's own hidden state prefixes were predicted worse.)"""
     num_outputs = 1
 
-    def __init__(self, policy, env=None, seed=0, learning_rate=1e-2, passes=16, memory=2000):
+    def __init__(self, policy, env=None, seed=0, learning_rate=1e-2, passes=16, memory=10000):
         self.network = self.make_network(policy)
         torch.nn.init.zeros_(self.network[-1].weight)  # starts at one half everywhere
         torch.nn.init.zeros_(self.network[-1].bias)

@@ -11,7 +11,7 @@ the paper, or left open by it and chosen here:
     A turn that several rollouts share is trained once.
  4. One update per batch, so there is nothing to clip, and no KL term, unless flags say so.
  5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).
- 6. Pool size, group size and learning rate are first guesses: nothing is tuned yet.
+ 6. Pool size, group size and learning rate were tried on a development wiki (results/PROTOCOL.md).
  7. Both stages are solved exactly: a prompt gets no bare rollout or at least two, and one that
     has no prefix hands its continuations back (paper: solvers not public).
  8. A generated toy Wikipedia and a policy of 1.2 M parameters stand in for the paper's multi-hop
@@ -94,9 +94,9 @@ class Config:
     resume: str = option("", "run folder to continue")
     eval_only: bool = option(False, "score the whole file, train nothing")
     four_bit: bool = option(True, "load the base weights in 16 or 32 bits, without bitsandbytes")
-    budget: int = option(12000, "tokens sampled per step (thoughts and actions)")
+    budget: int = option(8000, "tokens sampled per step (thoughts and actions)")
     num_continuations: int = option(2, "N: continuations per bare rollout")
-    pool_size: int = option(64, "candidate prompts per step of the arms that choose among them")
+    pool_size: int = option(32, "candidate prompts per step of the arms that choose among them")
     group_size: int = option(8, "leaves per prompt, about, of the arms with equal groups")
     cap: int = option(16, "most bare rollouts of one prompt")
     root_rule: str = option("", f"stage 1: {', '.join(ROOT_RULES)} (default: the arm's own)")
@@ -108,7 +108,7 @@ class Config:
     advantage: str = option("", f"tree credit: {', '.join(ADVANTAGES)} (default: the arm's own)")
     predictor: str = option("", f"{', '.join(PREDICTORS)} (default: the arm's own, mostly head)")
     targets: str = option("all", "the predictor learns from all leaves, or from fresh ones only")
-    learning_rate: float = option(6e-4, "of AdamW on the LoRA weights")
+    learning_rate: float = option(1.2e-3, "of AdamW on the LoRA weights")
     updates_per_batch: int = option(1, "optimiser steps on the trees of one training step")
     clip: float = option(0.2, "with several of them: the ratio to the sampling policy is clipped "
                          "to 1 plus or minus this")
