@@ -5,7 +5,8 @@ TRACE decides where in a forest of agent rollouts the next sample is worth most.
 the paper, or left open by it and chosen here:
 
  1. One process and one GPU (or two CPU cores); sampling and update take turns.
- 2. The predictor is a small head on the policy's own hidden state (paper: not public).
+ 2. The predictor is one linear layer on the policy's own hidden states at the prompt and at the
+    anchor (paper: not public).
  3. The tree-aware advantage is one of five by name (paper: not public). By default a turn y
     gets (V̂(y) − V̂(root)) / std: GRPO's advantage, averaged over the leaves below the turn.
     A turn that several rollouts share is trained once.
