@@ -45,9 +45,11 @@ def load_model(config):
     if config.device == "cpu":
         check_blocks(model)
     torch.manual_seed(config.seed)  # the LoRA matrices A start at random, B at zero
-    return get_peft_model(model, LoraConfig(  # in 32 bits, whatever the base is in
+    model = get_peft_model(model, LoraConfig(  # in 32 bits, whatever the base is in
         r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear",
-        lora_dropout=0.0, task_type="CAUSAL_LM")), tokenizer
+        lora_dropout=0.0, task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = config.model_path  # not our cache
+    return model, tokenizer
 
 
 def find_files(name):

@@ -49,11 +49,11 @@ class Policy:
         self.check_logits()
         self.plan_memory()
 
-        self.few_shot, self.notice = not config.bare_prompt, ""
-        chat = bool(tokenizer.chat_template) and not config.bare_prompt
-        self.prompt = prompt_ids(tokenizer, self.few_shot, chat)
-        if self.few_shot and self.context - sum(map(len, self.prompt)) < 4 * config.turn_tokens:
-            self.few_shot, self.prompt = False, prompt_ids(tokenizer, False, chat)
+        few_shot, self.notice = not config.bare_prompt, ""
+        chat = few_shot and bool(tokenizer.chat_template)
+        self.prompt = prompt_ids(tokenizer, few_shot, chat)
+        if few_shot and self.context - sum(map(len, self.prompt)) < 4 * config.turn_tokens:
+            self.prompt = prompt_ids(tokenizer, False, chat)
             self.notice = ("the examples of the prompt do not fit into a context of "
                            f"{self.context} tokens: prompting with the bare question")
 
@@ -131,13 +131,13 @@ class Policy:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self.body(input_ids=torch.as_tensor(ids, device=self.device), use_cache=False)
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        kept_bytes = sum(size for place, size in kept.items() if place not in weights) / 64
+        self.kept_bytes = sum(size for place, size in kept.items() if place not in weights) / 64
 
         free = free_bytes(self.device) - 12 * sum(p.numel() for p in self.trained)  # to be AdamW's
         columns = min(MOST_COLUMNS, int(free / 3 / self.column_bytes))
         self.cache_tokens = self.planned_tokens = config.cache_tokens or max(columns, self.context)
         longest = max(config.micro_batch_tokens, self.context)
-        self.checkpointing = config.gradient_checkpointing or longest * kept_bytes > free / 2
+        self.checkpointing = config.gradient_checkpointing or longest * self.kept_bytes > free / 2
         if self.checkpointing:
             self.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -270,7 +270,7 @@ class Policy:
     def state_dict(self):
         """LoRA weights and optimiser state, for checkpoints."""
         from peft import get_peft_model_state_dict
-        return {"adapter": get_peft_model_state_dict(self.model),
+        return {"adapter": get_peft_model_state_dict(self.model, save_embedding_layers=False),
                 "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state):
@@ -279,8 +279,9 @@ class Policy:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def save_adapter(self, folder):
-        """In peft's format: PeftModel.from_pretrained(base, folder) loads it."""
-        self.model.save_pretrained(folder)
+        """In peft's format: PeftModel.from_pretrained(base, folder) loads it. (Left to find out
+        whether embeddings are to be saved, peft would ask the hub, here and in state_dict.)"""
+        self.model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def load_policy(config):

@@ -134,9 +134,13 @@ def prefill(policy, anchors):
 
 
 def fill(policy, anchors):
-    if anchors:
-        feed(policy, RaggedCache(), anchors, [path_ids(a)[:policy.context] for a in anchors],
-             [0] * len(anchors))
+    """Feed whole paths, some at a time: a layer's activations of many long ones are large."""
+    longest = max((anchor.length for anchor in anchors), default=1)
+    size = max(1, 4 * policy.config.micro_batch_tokens // longest)
+    for i in range(0, len(anchors), size):
+        some = anchors[i:i + size]
+        feed(policy, RaggedCache(), some, [path_ids(a)[:policy.context] for a in some],
+             [0] * len(some))
 
 
 def held_tokens(roots):

@@ -26,6 +26,7 @@ from tree import leaves, path
 
 
 DECAY = 0.9  # of counted outcomes and tokens, whenever a step adds to them
+MEMORY = {"cache_tokens", "micro_batch_tokens", "gradient_checkpointing", "logit_chunk"}  # dials
 COST_DECAY = 0.7  # per step, of the counts from which the cost of a rollout is forecast
 
 
@@ -50,7 +51,8 @@ def start_folder(folder, config):
     """Make the folder, with config.json in it."""
     try:
         (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", dataclasses.asdict(config) | {"resume": ""})
+        write_json(folder / "config.json", dataclasses.asdict(config)
+                   | {"resume": config.resume if config.eval_only else ""})
     except OSError as error:
         raise UsageError(f"--out {folder}: {error.strerror}") from None
 
@@ -191,7 +193,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(Config, description, arguments):
-    """-> Config. `--resume DIR` takes the configuration of the run; only --steps may change."""
+    """-> Config. `--resume DIR` takes the configuration of the run; only --steps and the memory
+    dials may change. With --eval-only it may score another file, into another folder."""
     parser = Parser(description=description.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for dial in dataclasses.fields(Config):
@@ -208,9 +211,15 @@ def parse_config(Config, description, arguments):
     given = vars(parser.parse_args(arguments))
     if "resume" not in given:
         return Config(**given)
-    if other := sorted(set(given) - {"resume", "steps", "eval_only"}):
+    free = MEMORY | {"resume", "steps", "eval_only"}
+    if other := sorted(set(given) - free - ({"data", "out"} if "eval_only" in given else set())):
         raise UsageError("--resume goes on with the run's own configuration; beside it stand only "
-                         f"--steps and --eval-only, not --{other[0].replace('_', '-')}")
+                         "--steps, the memory dials and --eval-only with --data and --out, not "
+                         f"--{other[0].replace('_', '-')}")
+    if "data" in given and "out" not in given:
+        raise UsageError("--resume --eval-only --data: name a folder for the scores with --out")
+    if "eval_only" in given:
+        given = {"out": "", **given} | ({"eval_data": ""} if "data" in given else {})
     return read_config(Config, given["resume"], **given)
 
 

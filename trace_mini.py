@@ -150,6 +150,8 @@ class Config:
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"--{name.replace('_', '-')} must be from {low} to {high:g}, "
                                  f"got {getattr(self, name)}")
+        if self.resume and self.eval_only:  # what the run was evaluated on
+            self.data, self.eval_data = self.eval_data or self.data, ""
         if self.eval_data and (self.data == "toy" or self.eval_only):
             raise UsageError("--eval-data goes with training on a --data file; without one, or "
                              "with --eval-only, name the file as --data")
@@ -412,21 +414,21 @@ def eval_only(config, policy, data, folder):
 
 # ---------------------------------------------------------------- command line
 def run(config):
-    if config.resume:
-        folder = Path(config.resume)
-        step = load_checkpoint(folder)["state"]["step"]
-        if step >= config.steps and not config.eval_only:
-            return say(f"{folder}: already at its last step; --steps N goes further")
-    else:
+    saved = load_checkpoint(Path(config.resume)) if config.resume else None
+    if saved and not config.eval_only and saved["state"]["step"] >= config.steps:
+        return say(f"{config.resume}: already at its last step; --steps N goes further")
+    own = saved and not (config.eval_only and config.out)  # not the scores of another file
+    folder = Path(config.resume)
+    if not own:
         data = "toy" if config.data == "toy" else Path(config.data).stem
         folder = fresh_folder(config.out, f"{config.method}-{data}-s{config.seed}")
     say(f"{folder}: {config.method}, model {config.model}, data {config.data}, seed {config.seed}, "
         f"on {config.device}; {config.steps} steps of {config.budget:,} sampled tokens")
     data, policy = load_data(config), load_policy(config)
-    if not config.eval_only or not config.resume:
+    if not config.eval_only or not own:
         start_folder(folder, config)
-    elif config.eval_only:
-        policy.load_state_dict(load_checkpoint(folder)["policy"])
+    if config.eval_only and saved:
+        policy.load_state_dict(saved["policy"])
     say(policy.memory_line())
     if policy.notice:
         say(policy.notice)

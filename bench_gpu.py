@@ -1,0 +1,237 @@
+"""What fits on which card, and how fast: python bench_gpu.py (one NVIDIA GPU, about 20 minutes)
+
+Nothing is downloaded: random weights in the shapes of Qwen2.5, loaded and used as trace_mini.py
+does, with PyTorch's memory capped to what a card of 6, 8, 12 or 24 GB leaves to it. Each case is
+a process of its own, so that one that does not fit ends alone. Its row goes to results/gpu.json;
+what stands there is not run again, so the same line goes on after a kill.
+
+A case fits if live episodes fill their context and are continued, and if full paths go through
+the update. Speed is measured on toy questions. Random weights write random words: every turn
+runs to its last token, so tokens per second are real, and the answers are not. They are spread
+over 151,936 words, most of which no text encodes to: prompts are longer than with Qwen's own.
+"""
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loading import ModelError
+from policy import load_policy
+from rollout import forget_caches, grow
+from runs import write_json
+from trace_mini import HERE, Config, load_data
+from tree import Node, leaves, nodes, path, sampled_tokens
+
+# hidden size, MLP size, layers, heads, key-value heads, words, one matrix for input and output?
+SHAPES = {"test": (64, 64, 2, 2, 1, 2048, True),
+          "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
+          "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
+          "3B": (2048, 11008, 36, 16, 2, 151_936, True),
+          "7B": (3584, 18944, 28, 28, 4, 151_936, False)}
+CARDS = (24, 12, 8, 6)  # GiB; on the largest also 16-bit weights and the alternatives
+TAKEN = 0.6             # GiB of a card that CUDA itself and a desktop take, about
+UPDATE = 32_768         # tokens, prompts and observations included
+DIALS = {"articles": 100, "eval_questions": 1, "max_turns": 3, "turn_tokens": 48}
+TEST = DIALS | {"context": 1280, "cache_tokens": 2560, "turn_tokens": 8, "max_turns": 2}
+
+
+def make_model(folder, shape):
+    """Random weights in 16 bits, written tensor by tensor, and the tiny policy's tokenizer with
+    its vocabulary filled up by words that no text encodes to."""
+    from safetensors.torch import save_file
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    hidden, mlp, layers, heads, shared_heads, words, tied = SHAPES[shape]
+    config = Qwen2Config(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=shared_heads, vocab_size=words,
+        tie_word_embeddings=tied, max_position_embeddings=32768, eos_token_id=0, bos_token_id=0,
+        architectures=["Qwen2ForCausalLM"])
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    device, files = "cuda" if torch.cuda.is_available() else "cpu", {}
+    for name, like in model.named_parameters():  # a tied matrix comes once
+        weight = torch.ones(like.shape) if "norm" in name else torch.empty(
+            like.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+        files[name] = f"{name}.safetensors"
+        save_file({name: weight.bfloat16().cpu()}, folder / files[name], {"format": "pt"})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+    shutil.copy(HERE / "tiny" / "tokenizer_config.json", folder)
+    tokenizer = json.loads((HERE / "tiny" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary.update({f"w{i}": i for i in range(len(vocabulary), words)})
+    write_json(folder / "tokenizer.json", tokenizer)
+
+
+# ---------------------------------------------------------------- one case
+def seconds(work):
+    """-> (seconds that it took on the device, what it returned)"""
+    start = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def credits(roots):
+    """Every turn gets an advantage, by turns 1 and -1: as dear an update as there is."""
+    return [{node: 1.0 - 2 * (i % 2) for i, node in enumerate(nodes(root)[1:])} for root in roots]
+
+
+def alone(leaf):
+    """Root of a tree that holds the path of this leaf only: nothing is shared."""
+    node = None
+    for like in path(leaf):
+        node = Node(like.ids, like.num_sampled, like.state, node, like.logprobs)
+    return path(node)[0]
+
+
+def measure(row, folder, seed=0):
+    """Fill in the row of one case; `stage` says how far it came."""
+    row["stage"] = "loading"
+    config = Config(model=str(folder), four_bit=row["weights"] == "nf4",
+                    **TEST if row["model"] == "test" else DIALS)
+    data, policy = load_data(config), load_policy(config)
+    live = max(1, policy.cache_tokens // policy.context)
+
+    row["stage"] = "sampling full paths"
+    rng, state = np.random.default_rng(seed), data.env.reset(data.train[0])
+    room = policy.context - config.turn_tokens
+    roots = [Node(rng.integers(1, 1024, room).astype(np.int32), 0, state) for _ in range(live)]
+    grow(policy, data.env, roots, [1] * live, (seed, 0))
+    row["stage"] = "updating on full paths"
+    policy.update(credits(roots[:2]))
+    forget_caches(roots)
+
+    row["stage"] = "sampling"  # two rollouts per prompt, and two from the last turn of each
+    prompt = len(policy.root(data.train[0], data.env).ids)
+    num = 1 if row["model"] == "test" else UPDATE // (4 * (prompt + 250))
+    roots = [policy.root(question, data.env) for question in data.train[:num]]
+    took, _ = seconds(lambda: grow(policy, data.env, roots, [2] * num, (seed, 1)))
+    row["sampled_tok_s"] = sum(map(sampled_tokens, roots)) / took
+    anchors = [path(leaf)[-2] for root in roots for leaf in leaves(root)]
+
+    def proceed():
+        before = sum(map(sampled_tokens, roots))
+        took, _ = seconds(lambda: grow(policy, data.env, anchors, [1] * len(anchors), (seed, 2)))
+        return (sum(map(sampled_tokens, roots)) - before) / took
+    row["forked_tok_s"] = proceed()
+    if row["compare"]:
+        forget_caches(roots)
+        row["prefilled_tok_s"] = proceed()
+    forget_caches(roots)
+
+    row["stage"] = "updating"
+    paths = [alone(leaf) for root in roots for leaf in leaves(root)]
+    scale = UPDATE / sum(leaf.length for root in roots for leaf in leaves(root))
+    policy.update(credits(roots[:1]))  # the first kernels are slow
+    row["update_32k_s"] = seconds(lambda: policy.update(credits(roots)))[0] * scale
+    if row["compare"]:
+        row["paths_32k_s"] = seconds(lambda: policy.update(credits(paths)))[0] * scale
+    row.update(stage="done", fits=True, context=policy.context, prompt_tokens=prompt,
+               planned_episodes=live, live_episodes=max(1, policy.cache_tokens // policy.context),
+               cache_tokens=policy.cache_tokens, checkpointing=policy.checkpointing)
+
+
+def run_case(row, folder):
+    """A case in this process -> its row, as a line of JSON on standard output."""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, (row["card_gib"] - TAKEN) * 2 ** 30 / total))
+    try:
+        measure(row, folder)
+    except torch.cuda.OutOfMemoryError:
+        row["fits"] = False
+    except ModelError as error:
+        if "does not fit" not in str(error):
+            raise
+        row["fits"] = False
+    if torch.cuda.is_available():
+        row["peak_gib"] = TAKEN + torch.cuda.max_memory_reserved() / 2 ** 30
+        row["hardware"] = torch.cuda.get_device_name()
+    print(json.dumps(row))
+
+
+# ---------------------------------------------------------------- all cases
+def cases(shape, largest):
+    """Rows to be filled in: NF4 on every card up to the real one, 16 bits on the largest."""
+    cards = [card for card in CARDS if card <= largest]
+    return [{"model": shape, "weights": weights, "card_gib": card, "fits": None,
+             "compare": card == max(cards) and weights == "nf4"}
+            for weights in ("nf4", "16 bits") for card in cards
+            if weights == "nf4" or (card == max(cards) and shape != "test")]
+
+
+def key(row):
+    return row["model"], row["weights"], row["card_gib"]
+
+
+def describe(row):
+    """A line of the README's table."""
+    def number(name, digits=0):
+        return f"{row[name]:,.{digits}f}" if row.get(name) is not None else "-"
+    fits = "yes" if row["fits"] else f"no ({row['stage']})"
+    return (f"| {row['model']} | {row['weights']} | {row['card_gib']} | {fits} | "
+            f"{number('peak_gib', 1)} | {number('live_episodes')} | {number('sampled_tok_s')} | "
+            f"{number('forked_tok_s')} / {number('prefilled_tok_s')} | "
+            f"{number('update_32k_s', 1)} / {number('paths_32k_s', 1)} |")
+
+
+HEADER = """\
+| Qwen2.5 | weights | card, GiB | fits | peak, GiB | live episodes | tok/s | tok/s forked / \
+prefilled again | s per update of 32k tokens, packed / path by path |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, help="one model; test is small and runs on CPU")
+    parser.add_argument("--out", help="where the rows go [results/gpu.json]")
+    parser.add_argument("--case", nargs=2, metavar=("JSON", "FOLDER"), help="used by itself")
+    args = parser.parse_args(arguments)
+    if args.case:
+        return run_case(json.loads(args.case[0]), Path(args.case[1]))
+    if not torch.cuda.is_available() and args.shape != "test":
+        print("bench_gpu.py: needs an NVIDIA GPU; --shape test runs without", file=sys.stderr)
+        return 2
+    if args.shape == "test" and not args.out:
+        parser.error("--shape test measures nothing: name a file of its own with --out")
+    largest = min(CARDS) if args.shape == "test" else round(
+        torch.cuda.get_device_properties(0).total_memory / 2 ** 30)
+    if largest < min(CARDS):
+        print(f"bench_gpu.py: the smallest card that it measures has {min(CARDS)} GiB",
+              file=sys.stderr)
+        return 2
+    file = Path(args.out or HERE / "results" / "gpu.json")
+    rows = json.loads(file.read_text()) if file.exists() else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print(HEADER)
+    for shape in [args.shape] if args.shape else list(SHAPES)[1:]:
+        missing = [row for row in cases(shape, largest) if key(row) not in map(key, rows)]
+        with tempfile.TemporaryDirectory() as folder:
+            if missing:
+                make_model(Path(folder), shape)
+            for row in missing:
+                done = subprocess.run([sys.executable, __file__, "--case", json.dumps(row), folder],
+                                      capture_output=True, text=True)
+                if done.returncode:  # not a row: the next call tries again
+                    print(f"{key(row)} failed: {done.stderr.strip()[-300:]}", file=sys.stderr)
+                    continue
+                rows.append(json.loads(done.stdout.strip().split("\n")[-1])
+                            | {"torch": torch.__version__, "python": platform.python_version()})
+                write_json(file, rows)
+                print(describe(rows[-1]), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
