@@ -41,7 +41,7 @@ def load_model(config):
                                           bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=quantization, local_files_only=True,
-        attn_implementation="tree", device_map={"": config.device})  # packing.py's
+        attn_implementation="packed", device_map={"": config.device})  # packing.py's
     if config.device == "cpu":
         check_blocks(model)
     torch.manual_seed(config.seed)  # the LoRA matrices A start at random, B at zero

@@ -1,15 +1,17 @@
-"""A forest as one sequence: what several paths share is computed once, in the update.
+"""Tokens of many paths in one sequence [1, N]: no padding, and in the update nothing twice.
 
-`pack` lays turns end to end, without padding. Positions count along each path, and attention
-is limited to it: every run of turns asks the keys and values of its own path, gathered turn by
-turn. So no token is computed twice, nothing is computed to be masked away, and no mask of
-T x T is made. Transformers lets a model be loaded with an attention of one's own: "tree".
+`pack` lays the turns of a forest end to end. Positions count along each path, and attention is
+limited to it: every run of turns asks the keys and values of its own path, gathered turn by
+turn. So what paths share is computed once, nothing is computed to be masked away, and no mask
+of N x N is made. In sampling, too, the tokens of all rows stand end to end; there only the
+attention pads. Transformers lets a model be loaded with an attention of one's own: "packed".
 """
 import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -21,7 +23,7 @@ class Pack(NamedTuple):
     """T tokens of turns that stand end to end, and where n of them are predicted."""
     ids: np.ndarray        # int64 [T]
     positions: np.ndarray  # int64 [T], along each token's own path
-    tree: tuple            # for tree_attention
+    tree: tuple            # for packed_attention
     columns: list          # [n] the token in front of each one to score: it predicts it
     targets: np.ndarray    # int64 [n] the tokens to score
 
@@ -51,14 +53,22 @@ def pack(rows):
     return Pack(ids, positions, (np.diff(begins).tolist(), spans), columns, targets)
 
 
-def tree_attention(module, query, key, value, attention_mask, tree=None, **kwargs):
-    """Attention of a Pack [1, heads, T, size]; without a `tree` it is the usual one.
+def packed_attention(module, query, key, value, mask, tree=None, places=None, **kwargs):
+    """The attention of N packed tokens, query [1, heads, N, size]; plain without these two:
 
     tree = (sizes, spans): the tokens of each node, and for each run of nodes in which one is the
     parent of the next, its tokens and the numbers of all nodes on the path to its end. They see
-    that path up to themselves."""
+    that path up to themselves.
+    places = (rows [N], slots [N]): token n is the slots[n]-th of those that see row rows[n] of a
+    cache, keys [R, heads, S, size], as far as the mask [R, 1, T, S] says."""
+    if places is not None:
+        # [R, T, heads, size]
+        padded = query.new_zeros(len(mask), mask.shape[2], *query.shape[1::2])
+        padded[places] = query[0].transpose(0, 1)
+        found = attend(module, padded.transpose(1, 2), key, value, mask, **kwargs)[0]
+        return found[places][None], None
     if tree is None:
-        return attend(module, query, key, value, attention_mask, **kwargs)
+        return attend(module, query, key, value, mask, **kwargs)
     sizes, spans = tree
     keys, values, found = key.split(sizes, 2), value.split(sizes, 2), []
     for part, (_, line) in zip(query.split([size for size, _ in spans], 2), spans):
@@ -69,13 +79,19 @@ def tree_attention(module, query, key, value, attention_mask, tree=None, **kwarg
 
 
 def attend(module, query, key, value, mask, softcap=None, **kwargs):
-    """SDPA; or the model's own attention where it caps its logits (Gemma 2): SDPA cannot."""
-    if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    mask = lower_right(query, key) if mask is None else mask
-    added = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
-    return sys.modules[type(module).__module__].eager_attention_forward(
-        module, query, key, value, added, softcap=softcap, **kwargs)
+    """SDPA; or the model's own attention where it caps its logits (Gemma 2): SDPA cannot. On a
+    CPU, SDPA takes fewer key-value heads than heads also with a mask; on CUDA they are copied."""
+    if softcap is not None:
+        mask = lower_right(query, key) if mask is None else mask
+        added = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+        return sys.modules[type(module).__module__].eager_attention_forward(
+            module, query, key, value, added, softcap=softcap, **kwargs)
+    if query.device.type == "cpu":
+        causal = mask is None and query.shape[2] > 1
+        found = scaled_dot_product_attention(query, key, value, mask, is_causal=causal,
+                                             enable_gqa=True, scale=kwargs.get("scaling"))
+        return found.transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
 def lower_right(query, key):
@@ -84,5 +100,5 @@ def lower_right(query, key):
     return torch.ones(1, 1, T, S, dtype=torch.bool, device=key.device).tril(S - T)
 
 
-AttentionInterface.register("tree", tree_attention)
-AttentionMaskInterface.register("tree", sdpa_mask)  # for a plain batch with its padding
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)  # for a plain batch with its padding

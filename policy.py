@@ -46,7 +46,7 @@ class Policy:
         # only a token with one of these characters can complete an action or fake an observation
         self.may_end = [i in self.end_ids or "]" in text or ":" in text for i, text in
                         enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))]
-        self.check_logits()
+        self.check_logits(base)
         self.plan_memory()
 
         few_shot, self.notice = not config.bare_prompt, ""
@@ -76,36 +76,45 @@ class Policy:
         return self.text(node.ids[:node.num_sampled])
 
     # ------------------------------------------------------------ forward passes
-    def forward(self, ids, positions, cache):
-        """Feed ids [R, T] at positions [R, T] -> last hidden states [R, T, W]."""
-        ids = torch.as_tensor(ids, device=self.device)
-        positions = torch.as_tensor(positions, device=self.device)
-        cache.place(positions)
-        columns = torch.arange(cache.width, device=self.device)
-        mask = columns <= positions[:, None, :, None]  # [R, 1, T, S]
-        return self.body(input_ids=ids, attention_mask=mask, position_ids=positions,
-                         past_key_values=cache, use_cache=True).last_hidden_state
+    def forward(self, ids, starts, cache):
+        """Feed ids[r] (maybe none) to row r of the cache, from column starts[r] on -> last hidden
+        states [N, W] of all N tokens, row by row."""
+        counts = [len(row_ids) for row_ids in ids]
+        rows = np.repeat(np.arange(len(ids)), counts)
+        slots = np.concatenate([np.arange(n) for n in counts])
+        positions = np.asarray(starts)[rows] + slots
+        width = max(cache.width, positions.max() + 1)
+        starts, rows, slots, positions, ids = (torch.tensor(x, device=self.device) for x in (
+            starts, rows, slots, positions, np.concatenate([x for x in ids if len(x)])))
+        cache.place(rows, positions, len(counts), width)
+        latest = starts[:, None] + torch.arange(max(counts), device=self.device)  # [R, T]
+        mask = torch.arange(cache.width, device=self.device) <= latest[:, None, :, None]
+        return self.body(input_ids=ids[None], position_ids=positions[None], use_cache=True,
+                         past_key_values=cache, attention_mask=mask,  # [R, 1, T, S]
+                         places=(rows, slots)).last_hidden_state[0]
 
     def logits(self, hidden):
         """Hidden states [..., W] -> logits [..., V] over the words of the tokenizer."""
         logits = self.head(hidden.to(self.head.weight.dtype))[..., :self.num_words]
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
-    def check_logits(self):
+    def check_logits(self, base):
         """Some architectures scale their logits in ways of their own, or have an attention that
-        does not ask ours: refuse those."""
+        is more than ours: refuse those. What they compute as they come is "eager"."""
         ids = torch.arange(3, device=self.device)[None]
         root = Node(np.arange(3), 0, None)
         left, right = (Node(np.arange(i, i + 4), 4, None, root) for i in (3, 7))
         with self.sampling():
-            pairs = [(self.logits(self.body(input_ids=ids).last_hidden_state),
-                      self.model(input_ids=ids).logits[..., :self.num_words]),
-                     (self.logprobs([([root, left, right], [right])]),
-                      self.logprobs([([root, right], [right])]))]
-        for (a, b), why in zip(pairs, ("its logits are not head(hidden state)",
-                                       "its attention cannot be limited to a tree's paths")):
+            fork = self.logprobs([([root, left, right], [right])])
+            path_ = self.logprobs([([root, right], [right])])
+            ours = self.logits(self.body(input_ids=ids).last_hidden_state)
+            base.set_attn_implementation("eager")
+            theirs = self.model(input_ids=ids).logits[..., :self.num_words]
+        base.set_attn_implementation("packed")
+        for a, b in ((fork, path_), (ours, theirs)):
             if not torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02):
-                raise ModelError(f"{why}, an architecture that is not supported")
+                raise ModelError("not supported: its logits are not head(hidden state), or its "
+                                 "attention is not the usual one")
 
     def plan_memory(self):
         """Choose `cache_tokens` and `checkpointing` from what is free, and from what a short pass
@@ -119,9 +128,9 @@ class Policy:
         into 2 GB. The update of 4,096 tokens would keep 28 x 147 kB each, 17 GB. With gradient
         checkpointing it is 28 x 3 kB, and one layer at a time: 1.2 GB, and 0.6 GB of logits."""
         config, cache, kept = self.config, RaggedCache(), {}
-        ids, positions = np.zeros((1, 64), np.int64), np.arange(64)[None]
+        ids = np.zeros((1, 64), np.int64)
         with self.sampling():
-            self.forward(ids, positions, cache)
+            self.forward(ids, [0], cache)
         self.column_bytes = sum(x.nbytes for x in cache.keys + cache.values) // 64
 
         def note(tensor):

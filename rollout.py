@@ -27,26 +27,23 @@ class RaggedCache(Cache):
 
     def __init__(self, keys=(), values=()):
         super().__init__(layers=[])
-        self.keys, self.values = list(keys), list(values)
-        self.positions, self.width = None, 0
+        self.keys, self.values, self.width = list(keys), list(values), 0
 
-    def place(self, positions):
-        self.positions = positions  # [R, T]
-        self.width = max(self.width, int(positions.max()) + 1)
+    def place(self, rows, columns, num_rows, width):
+        self.rows, self.columns = rows, columns  # [N], [N]
+        self.num_rows, self.width = num_rows, int(width)
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        """Store [R, heads, T, size] at `positions`; -> all columns in use."""
-        while len(self.keys) <= layer_idx:
-            self.keys.append(keys.new_zeros(*keys.shape[:2], 0, keys.shape[3]))
-            self.values.append(values.new_zeros(*values.shape[:2], 0, values.shape[3]))
-        rows = torch.arange(len(keys), device=keys.device)[:, None]
-        for store, new in ((self.keys, keys), (self.values, values)):
+        """Store [1, heads, N, size] at the places; -> all rows and all columns in use."""
+        for store, new in ((self.keys, keys[0]), (self.values, values[0])):
+            if len(store) == layer_idx:
+                store.append(new.new_zeros(self.num_rows, len(new), 0, new.shape[2]))
             kept = store[layer_idx]
             if kept.shape[2] < self.width:  # room for 64 more columns at a time
                 room = (self.width + 63) // 64 * 64 - kept.shape[2]
                 kept = torch.cat([kept, kept.new_zeros(*kept.shape[:2], room, kept.shape[3])], 2)
                 store[layer_idx] = kept
-            kept[rows, :, self.positions] = new.transpose(1, 2)  # [R, T, heads, size]
+            kept[self.rows, :, self.columns] = new.transpose(0, 1)  # [N, heads, size]
         return (self.keys[layer_idx][:, :, :self.width], self.values[layer_idx][:, :, :self.width])
 
     def get_seq_length(self, layer_idx=0):
@@ -185,19 +182,12 @@ def in_chunks(policy, jobs, roots, work):
 
 def feed(policy, cache, row_nodes, ids, starts):
     """Feed ragged lists of ids, row r from column starts[r] on; sets hidden and cache of
-    row_nodes[r] (None for idle rows). -> hidden states at the last ids, [R, W]."""
-    length = max(map(len, ids))
-    padded = np.zeros((len(ids), length), np.int64)
-    for row, row_ids in enumerate(ids):
-        padded[row, :len(row_ids)] = row_ids
-    positions = np.array(starts)[:, None] + np.arange(length)
-    positions = np.minimum(positions, policy.context - 1)  # padding of rows near the end
-    hidden = policy.forward(padded, positions, cache)
-    last = torch.tensor([max(len(row_ids), 1) - 1 for row_ids in ids], device=policy.device)
-    hidden = hidden[torch.arange(len(ids), device=policy.device), last]
-    for row, (node, values) in enumerate(zip(row_nodes, hidden.float().cpu().numpy())):
-        if node is not None:
-            node.hidden, node.cache = values, (cache, row)
+    row_nodes[r]. Rows without ids are idle. -> hidden states at the last ids of the others."""
+    ends = np.cumsum([len(row_ids) for row_ids in ids if len(row_ids)])
+    hidden = policy.forward(ids, starts, cache)[ends - 1]
+    fed = [row for row, row_ids in enumerate(ids) if len(row_ids)]
+    for row, values in zip(fed, hidden.float().cpu().numpy()):
+        row_nodes[row].hidden, row_nodes[row].cache = values, (cache, row)
     return hidden
 
 
@@ -251,13 +241,13 @@ def grow_chunk(policy, env, jobs, temperature):
     hidden = torch.tensor(np.stack([n.hidden for n in row_nodes]), device=policy.device)
     grown = []
     while True:
-        live = np.array([not node.is_leaf for node in row_nodes])
-        turns = sample_turn(policy, cache, row_nodes, hidden, keys, live, temperature)
+        live = [r for r, node in enumerate(row_nodes) if not node.is_leaf]
+        turns = sample_turn(policy, cache, row_nodes, live, hidden, keys, temperature)
         texts = [policy.text(ids) for ids, _ in turns]
-        states = env.step_batch([row_nodes[r].state for r in np.flatnonzero(live)],
-                                [split_completion(texts[r])[1] for r in np.flatnonzero(live)])
-        ids, starts, fed = [[0]] * len(jobs), [n.length for n in row_nodes], [None] * len(jobs)
-        for r, state in zip(np.flatnonzero(live), states):
+        states = env.step_batch([row_nodes[r].state for r in live],
+                                [split_completion(texts[r])[1] for r in live])
+        ids, starts = [[]] * len(jobs), [n.length for n in row_nodes]
+        for r, state in zip(live, states):
             action, logprobs = turns[r]
             observation, cut = observation_ids(policy, state, texts[r])
             room = policy.context - row_nodes[r].length
@@ -273,12 +263,12 @@ def grow_chunk(policy, env, jobs, temperature):
             if node.is_leaf:
                 grown.append(node)
             else:  # the last action token has not been fed yet
-                ids[r], fed[r] = action[-1:] + observation, node
+                ids[r] = action[-1:] + observation
                 starts[r] = parent.length + len(action) - len(action[-1:])
         staying = [r for r, node in enumerate(row_nodes) if not node.is_leaf]
         if not staying:
             return grown
-        hidden = feed(policy, cache, fed, ids, starts)
+        hidden = feed(policy, cache, row_nodes, ids, starts)
         if len(staying) <= 0.7 * len(jobs):  # finished episodes leave
             if ends := [n.parent for n in row_nodes if n.is_leaf and n.parent.cache[0] is cache]:
                 move(ends)
@@ -286,7 +276,6 @@ def grow_chunk(policy, env, jobs, temperature):
             row_nodes = [row_nodes[r] for r in staying]
             numbers, keys = [numbers[r] for r in staying], keys[staying]
             cache = move(row_nodes)
-            hidden = hidden[torch.tensor(staying, device=policy.device)]
 
 
 def move(row_nodes):
@@ -311,25 +300,27 @@ def observation_ids(policy, state, text):
     return ids[:policy.config.observation_tokens] + tail, cut
 
 
-def sample_turn(policy, cache, row_nodes, hidden, keys, live, temperature):
-    """One action for every live row -> [(ids, log-probs)], both empty for idle rows."""
+def sample_turn(policy, cache, row_nodes, live, hidden, keys, temperature):
+    """One action for every live row, whose hidden states are given -> [(ids, log-probs)] of all
+    rows, both empty for the others."""
     lengths = np.array([n.length for n in row_nodes])
     depths = np.array([n.depth for n in row_nodes])
     turns = [([], []) for _ in row_nodes]
-    live = live.copy()
     for t in range(policy.config.turn_tokens):
-        uniforms = torch.tensor(keyed_uniforms(keys, depths * 4096 + t), device=policy.device)
-        tokens, logprobs = draw(policy.logits(hidden), uniforms, temperature, policy.config.top_p)
-        tokens, logprobs = tokens.cpu().numpy(), logprobs.float().cpu().numpy()
-        for r in np.flatnonzero(live):
-            turns[r][0].append(int(tokens[r]))
-            turns[r][1].append(float(logprobs[r]))
-            live[r] = not (policy.may_end[tokens[r]] and ended(policy, turns[r]))
-        if not live.any() or t + 1 == policy.config.turn_tokens:
+        uniforms = keyed_uniforms(keys[live], depths[live] * 4096 + t)
+        drawn = draw(policy.logits(hidden), torch.tensor(uniforms, device=policy.device),
+                     temperature, policy.config.top_p)
+        ids, going_on = [[]] * len(row_nodes), []
+        for r, token, logprob in zip(live, *(x.tolist() for x in drawn)):
+            turns[r][0].append(token)
+            turns[r][1].append(logprob)
+            if not (policy.may_end[token] and ended(policy, turns[r])):
+                ids[r] = [token]
+                going_on.append(r)
+        live = going_on
+        if not live or t + 1 == policy.config.turn_tokens:
             return turns
-        sampled = np.array([len(ids) for ids, _ in turns])
-        positions = np.minimum(lengths + np.maximum(sampled, 1), policy.context) - 1
-        hidden = policy.forward(tokens[:, None], positions[:, None], cache)[:, 0]
+        hidden = policy.forward(ids, lengths + t, cache)
 
 
 def ended(policy, turn):
