@@ -1,9 +1,10 @@
-"""What fits on which card, and how fast: python bench_gpu.py (one NVIDIA GPU, about 20 minutes)
+"""What fits on which card, and how fast: python bench_gpu.py (one NVIDIA GPU, planned for 20 min)
 
-Nothing is downloaded: random weights in the shapes of Qwen2.5, loaded and used as trace_mini.py
-does, with PyTorch's memory capped to what a card of 6, 8, 12 or 24 GB leaves to it. Each case is
-a process of its own, so that one that does not fit ends alone. Its row goes to results/gpu.json;
-what stands there is not run again, so the same line goes on after a kill.
+Nothing is downloaded: random weights in the shapes of Qwen2.5 (up to 16 GB in the temporary
+folder), loaded and used as trace_mini.py does, with PyTorch's memory capped to what a card of 6,
+8, 12 or 24 GiB leaves to it. Each case is a process of its own, so that one that does not fit
+ends alone. Its row goes to results/gpu.json; what stands there is not run again, so the same
+line goes on after a kill.
 
 A case fits if live episodes fill their context and are continued, and if full paths go through
 the update. Speed is measured on toy questions. Random weights write random words: every turn
@@ -12,7 +13,6 @@ over 151,936 words, most of which no text encodes to: prompts are longer than wi
 """
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -156,7 +156,7 @@ def run_case(row, folder):
             raise
         row["fits"] = False
     if torch.cuda.is_available():
-        row["peak_gib"] = TAKEN + torch.cuda.max_memory_reserved() / 2 ** 30
+        row["peak_gib"] = TAKEN + torch.cuda.max_memory_allocated() / 2 ** 30
         row["hardware"] = torch.cuda.get_device_name()
     print(json.dumps(row))
 
@@ -227,7 +227,7 @@ def main(arguments=None):
                     print(f"{key(row)} failed: {done.stderr.strip()[-300:]}", file=sys.stderr)
                     continue
                 rows.append(json.loads(done.stdout.strip().split("\n")[-1])
-                            | {"torch": torch.__version__, "python": platform.python_version()})
+                            | {"torch": torch.__version__})
                 write_json(file, rows)
                 print(describe(rows[-1]), flush=True)
     return 0

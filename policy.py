@@ -69,7 +69,8 @@ class Policy:
         return Node(np.array(ids, np.int32), 0, env.reset(question))
 
     def text(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True,
+                                     clean_up_tokenization_spaces=False)
 
     def wrote(self, node):
         """What the policy wrote in a turn, without the observation."""
@@ -299,11 +300,11 @@ def load_policy(config):
         return Policy(*load_model(config), config)
     except ModelError as error:
         why = error
-    except torch.cuda.OutOfMemoryError:
-        why = "does not fit into the memory of the GPU"
     except Exception as error:
         hint = "; --no-4bit does without bitsandbytes" if config.four_bit else ""
         why = f"cannot be used ({first_line(error)}){hint}"
+        if config.device == "cuda" and torch.cuda.memory_stats().get("num_ooms"):
+            why = "does not fit into the memory of the GPU"  # transformers hides the reason
     raise ModelError(f"model {config.model}: {why}")
 
 

@@ -295,6 +295,19 @@ def test_hub_errors_are_one_line(monkeypatch, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- memory
+@pytest.mark.parametrize("num_ooms, why", [(1, "does not fit"), (0, "cannot be used .Weights")])
+def test_a_model_that_does_not_fit_is_one_line(monkeypatch, num_ooms, why):
+    """Out of memory in a conversion comes out of transformers as another error."""
+    def fail(config):
+        raise RuntimeError("Weights could not be converted.\nSee above.")
+    monkeypatch.setattr("policy.load_model", fail)
+    monkeypatch.setattr("torch.cuda.memory_stats", lambda: {"num_ooms": num_ooms})
+    config = Config()
+    config.device = "cuda"
+    with pytest.raises(ModelError, match=f"model tiny: {why}"):
+        load_policy(config)
+
+
 @pytest.fixture(scope="module")
 def fp32():
     return fresh_policy(False)
