@@ -4,7 +4,8 @@ Repeats the run from its configuration and pauses at several steps. All predicto
 the very same trees; at a pause each is scored on held-out questions, at their roots and at the
 prefixes of new bare rollouts, against Monte-Carlo truth: fresh continuations of every anchor,
 in two halves. "truth" is one half in the place of a predictor: the ceiling that the noise of
-the truth leaves. Brier (lower is better) and AUROC are those of predictor.py.
+the truth leaves. Brier (lower is better) and AUROC are those of predictor.py; `bias` is the
+mean of prediction − truth. "head, fresh" is a second head that learns from fresh leaves only.
 
 `closed` is (J − J_constant) / (J_truth − J_constant): J is what the exact allocation by a
 predictor is worth (mixed_prob at roots, flip_prob at prefixes) under the half that "truth" does
@@ -100,6 +101,7 @@ def scores(sample):
             yield {"group": group, "anchors": len(rows), "predictor": name,
                    "brier": np.mean([brier(*half) for half in pair]),
                    "auroc": None if None in area else np.mean(area),
+                   "bias": np.mean([np.mean(v - true) for v, true, _ in pair]),
                    "closed": (value[name] - value["constant"]) / gap if known else None}
 
 
@@ -134,29 +136,49 @@ def draw_reliability(rows, file):
     return figure.write(file)
 
 
+def draw_course(rows, file):
+    """AUROC and regret closed, at roots and at prefixes, from point to point of the run."""
+    figure = Picture(figsize=(8, 6.4), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    for axes, (measure, group) in zip(panels.flatten(), (
+            (m, g) for m in ("auroc", "closed") for g in ("roots", "prefixes"))):
+        for i, name in enumerate(dict.fromkeys(row["predictor"] for row in rows)):
+            curve = [(row["step"], row[measure]) for row in rows
+                     if (row["group"], row["predictor"]) == (group, name)]
+            axes.plot(*zip(*curve), STYLES[i], color=COLOURS[i], ms=5, lw=1, label=name)
+        axes.set(title=group, xlabel="step", ylabel={"auroc": "AUROC"}.get(measure, measure))
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center",
+                  ncols=4, frameon=False)
+    return figure.write(file)
+
+
 def follow(config, policy, data, episode_tokens):
     """Repeat the run of `config` -> (step, predictors as they are then), step by step."""
     predictors = {name: make(policy, data.env, config.seed) for name, make in PREDICTORS.items()}
     serving, state = predictors[config.predictor], State()
     del predictors["oracle"]
+    fresh = predictors["head, fresh"] = PREDICTORS["head"](policy, data.env, config.seed)
     state.first_cost(episode_tokens, config.num_continuations)
     while state.step < config.steps:
         trees, _ = train_step(config, state, policy, serving, data)
-        anchors, targets, weights = lessons(trees, config.targets)
         for predictor in predictors.values():
             if predictor is not serving:
-                predictor.update(features(anchors), targets, weights)
+                anchors, *taught = lessons(trees, "fresh" if predictor is fresh else config.targets)
+                predictor.update(features(anchors), *taught)
         yield state.step, predictors
 
 
 def show(step, rows):
     """The scores of one point, a line per group of anchors."""
     names = list(dict.fromkeys(row["predictor"] for row in rows))
-    print(f"step {step}: Brier, AUROC, closed\n{'':26}" + "".join(f" | {n:16}" for n in names))
+    print(f"step {step}: Brier, AUROC, bias, closed")
+    print(" " * 26 + "".join(f" | {name:22}" for name in names))
     for i in range(0, len(rows), len(names)):
         print(f"{rows[i]['group']:20}{rows[i]['anchors']:6}", *(" ".join(
             f"{'-' if row[x] is None else format(row[x], '.2f'):>5}"
-            for x in ("brier", "auroc", "closed")) for row in rows[i:i + len(names)]), sep=" |")
+            for x in ("brier", "auroc", "bias", "closed"))
+            for row in rows[i:i + len(names)]), sep=" |")
 
 
 def run(args):
@@ -184,6 +206,7 @@ def run(args):
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(folder / "predictor.csv", table)
         write_rows(folder / "predictor_reliability.csv", bins)
+        draw_course(table, folder / "predictor.png")
         draw_reliability([row for row in bins if row["step"] == step],
                          folder / "predictor_reliability.png")
 
@@ -195,7 +218,7 @@ def main(arguments=None):
     parser.add_argument("--anchors", type=int, default=500, help="roots and prefixes [500]")
     parser.add_argument("--continuations", type=int, default=64, help="per anchor [64]")
     parser.add_argument("--points", type=int, default=4, help="pauses, evenly spread [4]")
-    parser.add_argument("--out", default="", help="folder for two CSV files and a PNG")
+    parser.add_argument("--out", default="", help="folder for two CSV files and two PNGs")
     try:
         run(parser.parse_args(arguments))
     except (UsageError, DataError, ModelError) as error:

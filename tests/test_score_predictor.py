@@ -40,6 +40,7 @@ def test_scores_close_the_gap_from_the_constant_to_the_truth():
     assert rows["truth"]["closed"] == 1 and rows["constant"]["closed"] == 0
     assert rows["good"]["closed"] == pytest.approx(1, abs=0.05)
     assert rows["inverted"]["closed"] < -1 and rows["inverted"]["anchors"] == 24
+    assert rows["good"]["bias"] == pytest.approx(np.mean(0.05 - 0.1 * truth))
     assert rows["constant"]["auroc"] == 0.5 < rows["good"]["auroc"] == rows["truth"]["auroc"]
     assert rows["truth"]["brier"] == pytest.approx(np.mean(truth * (1 - truth)))
     assert rows["truth"]["brier"] < rows["good"]["brier"] < rows["constant"]["brier"]
@@ -82,7 +83,7 @@ def test_the_command(finished, tmp_path, capsys, monkeypatch):
         assert sample.depth[:6].tolist() == [0] * 6 and (sample.depth[6:] > 0).all()
         assert sample.truth.shape == sample.guesses["head"].shape == (2, len(sample.depth))
     rows = list(csv.DictReader(open(tmp_path / "results" / "predictor.csv")))
-    names = {"truth", "head", "logistic", "counts", "constant"}
+    names = {"truth", "head", "head, fresh", "beta", "logistic", "counts", "constant"}
     for group in ("roots", "prefixes"):
         assert {(row["step"], row["predictor"]) for row in rows if row["group"] == group} == {
             (step, name) for step in "12" for name in names}
@@ -93,7 +94,8 @@ def test_the_command(finished, tmp_path, capsys, monkeypatch):
         depths = [int(row["anchors"]) for row in bins if row["predictor"] == name
                   and row["depth"] == "0" and row["step"] == "2"]
         assert sum(depths) == 6
-    assert (tmp_path / "results" / "predictor_reliability.png").stat().st_size > 1000
+    for name in ("predictor", "predictor_reliability"):
+        assert (tmp_path / "results" / f"{name}.png").stat().st_size > 1000
     assert "step 1" in (out := capsys.readouterr().out) and "logistic" in out
 
 
