@@ -1,7 +1,8 @@
 """Which allocation gives the better gradient? Arms side by side on one policy that stands still.
 
 `python gradients.py RUN` takes the policy of a run folder; every arm draws batches of its budget,
-its predictor learning online as in a run, and no gradient is ever applied. A row per arm:
+its predictor learning online as in a run, and no gradient is ever applied. A row per arm and
+advantage rule; all rules are measured on the very same trees:
 
     loss_share  loss tokens per sampled token
     snr         signal to noise of one batch: |E g|² / E|g − E g|²
@@ -28,16 +29,11 @@ from runs import (Parser, State, UsageError, load_checkpoint, parse_config, read
                   trim_memory)
 from tables import write_rows
 from trace_mini import Config, load_data, train_step
-from tree import advantages, backup
+from tree import ADVANTAGES, advantages, backup
 
-ARMS = {
-    "grpo": "--method grpo", "grpo, not standardised": "--method grpo --advantage root_value",
-    "pcl": "--method pcl", "treepo": "--method treepo", "root": "--method root",
-    "prefix": "--method prefix", "prefix, tree_grpo": "--method prefix --advantage tree_grpo",
-    "prefix, treepo": "--method prefix --advantage treepo", "trace": "--method trace",
+ARMS = {arm: f"--method {arm}" for arm in ("grpo", "pcl", "treepo", "root", "prefix", "trace")} | {
     "trace, pool 256": "--method trace --pool-size 256",
-    "trace, Beta": "--method trace --predictor beta",
-    "trace, Beta, pool 256": "--method trace --predictor beta --pool-size 256"}
+    "trace, beta": "--method trace --predictor beta"}
 GROUP = 8  # rollouts per prompt of the reference
 
 
@@ -67,20 +63,25 @@ def reference(policy, data, kept, seed):
 
 
 def measure(config, policy, data, kept, num_warm, num_batches):
-    """-> (gradients [num_batches, parameters], loss share) of an arm."""
+    """-> ({advantage rule: gradients [num_batches, parameters]}, loss share) of an arm."""
     predictor = PREDICTORS[config.predictor](policy=policy, env=data.env, seed=config.seed)
-    state, gradients, loss_tokens, sampled_tokens = State(), [], 0, 0
+    state, loss_tokens, sampled_tokens = State(), 0, 0
+    gradients = {rule: [] for rule in dict.fromkeys((config.advantage, *ADVANTAGES))}
     state.first_cost(50, config.num_continuations)
     for _ in tqdm(range(num_warm + num_batches), desc=config.method, leave=False):
         before = state.sampled_tokens
-        _, row = train_step(config, state, policy, predictor, data)
-        gradient = kept.pop() if kept else np.zeros(sum(p.numel() for p in policy.trained))
-        if state.step > num_warm:  # without contrast there is no update: a gradient of zero
-            gradients.append(gradient)
+        roots, row = train_step(config, state, policy, predictor, data)
+        first = kept.pop() if kept else np.zeros(sum(p.numel() for p in policy.trained))
+        if state.step > num_warm:
             loss_tokens += row["loss_tokens"]
             sampled_tokens += state.sampled_tokens - before
+            gradients[config.advantage].append(first)
+            for rule in gradients:
+                if rule != config.advantage:
+                    policy.update([credit for root in roots if (credit := advantages(root, rule))])
+                    gradients[rule].append(kept.pop() if kept else 0 * first)
         trim_memory()
-    return np.array(gradients), loss_tokens / sampled_tokens
+    return {rule: np.array(rows) for rule, rows in gradients.items()}, loss_tokens / sampled_tokens
 
 
 def compare(gradients, halves):
@@ -118,14 +119,16 @@ def run(args):
     kept, rows = record(policy), []
     halves = reference(policy, data, kept, base.seed)
     for name, config in configs.items():
-        gradients, loss_share = measure(config, policy, data, kept, args.warm, args.batches)
-        scores = compare(gradients, halves)
-        rows.append({"arm": name, "batches": len(gradients), "loss_share": loss_share} | {
-            key: value for measure, pair in scores.items()
-            for key, value in zip((measure, measure + "_error"), pair)})
-        print(f"{name:24s} loss share {loss_share:.2f}  " + "  ".join(
-            f"{measure} {value:.3f} ± {error:.3f}" for measure, (value, error) in scores.items()),
-            flush=True)
+        found, loss_share = measure(config, policy, data, kept, args.warm, args.batches)
+        for rule, gradients in found.items():
+            scores = compare(gradients, halves)
+            rows.append({"arm": name, "advantage": rule, "batches": len(gradients),
+                         "loss_share": loss_share} | {
+                key: value for measure, pair in scores.items()
+                for key, value in zip((measure, measure + "_error"), pair)})
+            print(f"{name:16}{rule:11} loss share {loss_share:.2f}  " + "  ".join(
+                f"{measure} {value:.3f} ± {error:.3f}"
+                for measure, (value, error) in scores.items()), flush=True)
         if args.out:
             write_rows(args.out, rows)
 

@@ -6,6 +6,7 @@ from conftest import assert_refused
 from gradients import compare, main
 from tables import read_rows
 from trace_mini import main as train
+from tree import ADVANTAGES
 
 
 def test_measures_are_those_of_a_known_distribution():
@@ -33,7 +34,8 @@ def test_the_command_measures_and_changes_nothing(tmp_path, capsys):
     assert main([run, "--batches", "3", "--warm", "1", "--prompts", "40", "--budget", "2000",
                  "--arms", "grpo; trace", "--out", str(out)]) == 0
     rows = read_rows(out)
-    assert [row["arm"] for row in rows] == ["grpo", "trace"]
+    assert [(row["arm"], row["advantage"]) for row in rows] == [
+        (arm, rule) for arm in ("grpo", "trace") for rule in ADVANTAGES]
     assert all(0 < row["loss_share"] <= 1 and row["batches"] == 3 for row in rows)
     assert all(np.isfinite(row["cosine_1"]) for row in rows)
     assert (tmp_path / "run/checkpoint/step-000001.pt").read_bytes() == saved
