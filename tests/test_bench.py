@@ -18,27 +18,30 @@ def still():
     return fresh_policy(learning_rate=0.0)
 
 
-def test_every_part_yields_rows(still, data, monkeypatch):
+SMALL = {  # part: (its rows with tiny settings, how many they are)
+    "environment": (lambda *_: bench.environment(200), 7),
+    "allocation": (lambda *_: bench.allocation(40, 500), 2),
+    "engine": (lambda *shared: bench.engine(*shared, (3, 4), 2), 7),
+    "limit": (lambda *shared: bench.limit(*shared, 4, 64), 2),
+    "growth": (lambda *shared: bench.growth(*shared, {"budget": (100, 200)}), 1 + 3),
+    "step": (lambda *_: bench.whole_step(2, budget=100, articles=100, pool_size=4), 2)}
+
+
+@pytest.mark.parametrize("part", [pytest.param(part, marks=pytest.mark.long if part in (
+    "growth", "step") else ()) for part in bench.PARTS])
+def test_every_part_yields_rows(part, still, data, monkeypatch):
     """One repeat each. Rates and times are positive, a ratio lies within its spread."""
     monkeypatch.setattr(bench, "REPEATS", 1)
-    small = {"budget": (100, 200), "articles": (100, 200)}
-    parts = {"environment": (lambda: bench.environment(200), 7),
-             "allocation": (lambda: bench.allocation(40, 500), 2),
-             "engine": (lambda: bench.engine(still, data, (3, 4), 2), 7),
-             "limit": (lambda: bench.limit(still, data, 4, 64), 2),
-             "growth": (lambda: bench.growth(still, data, small), 1 + 3 + 1),
-             "step": (lambda: bench.whole_step(2, budget=100, articles=100, pool_size=4), 2)}
-    assert parts.keys() == bench.PARTS.keys()
-    for part, num in parts.values():
-        rows = list(part())
-        assert len(rows) == num
-        for row in rows:
-            assert list(row) == ["name", "ours", "other", "unit", "ratio", "spread"]
-            assert row["ours"] > 0 and (row["other"] is None or row["other"] > 0)
-            if row["ratio"]:
-                assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
-            assert (row["ratio"] is None) == (row["spread"] is None) == (row["other"] is None)
-        json.dumps(rows)
+    make, num = SMALL[part]
+    rows = list(make(still, data))
+    assert len(rows) == num
+    for row in rows:
+        assert list(row) == ["name", "ours", "other", "unit", "ratio", "spread"]
+        assert row["ours"] > 0 and (row["other"] is None or row["other"] > 0)
+        if row["ratio"]:
+            assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
+        assert (row["ratio"] is None) == (row["spread"] is None) == (row["other"] is None)
+    json.dumps(rows)
 
 
 def test_one_part_needs_a_file_of_its_own(tmp_path, capsys, monkeypatch):
