@@ -1,4 +1,5 @@
 """The README: what it names exists, its commands are commands, and it stays short."""
+import json
 import re
 import shlex
 import shutil
@@ -9,8 +10,11 @@ from functools import cache
 import pytest
 import yaml
 
+from policy import load_policy
 from runs import parse_config
-from trace_mini import HERE, Config
+from test_instruct import make_model
+from toy_wiki import make_questions, make_world
+from trace_mini import HERE, Config, main
 
 TEXT = (HERE / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"(?:^|`|&& )python (\w+\.py(?: [^`#\n]*)?)", TEXT, re.MULTILINE)))
@@ -47,6 +51,54 @@ def test_every_command_parses(command):
     elif any(flag.startswith("--") for flag in flags):
         assert all(flag in usage(script) for flag in flags if flag.startswith("--"))
     assert (HERE / script).exists()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """What the commands name, small: models, a file of questions, folders of runs."""
+    folder = tmp_path_factory.mktemp("readme")
+    world = make_world(100, 3)
+    pages = [[title, list(world.wiki.sentences(title))] for title in world.wiki.titles]
+    (folder / "hotpot.json").write_text(json.dumps([
+        {"_id": q.id, "question": q.text, "answer": q.answers[0], "type": q.kind,
+         "supporting_facts": [], "context": pages} for q in make_questions(world, 20)]))
+    qwen, data = make_model(folder / "qwen", "qwen"), str(folder / "hotpot.json")
+    assert main(["--out", str(folder / "run"), *SMALL, "--steps", "1"]) == 0
+    return {"Qwen/Qwen2.5-1.5B-Instruct": qwen, "path/to/any-causal-lm": qwen, "M": qwen,
+            "hotpot.json": data, "F": data, "SCORES": str(folder / "scores"), "S": "1",
+            "DIR": str(folder / "run"), "runs/trace-toy-s0": str(folder / "run"), "mine": "pcl",
+            "60": "2"}
+
+
+SMALL = ("--budget 300 --eval-questions 4 --articles 100 --pool-size 4 --max-turns 2 "
+         "--turn-tokens 8 --steps 1").split()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("trace_mini.py")])
+def test_every_command_of_the_loop_runs(command, places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [places.get(word, word) for word in shlex.split(command)[1:]]
+    if "--help" in flags:
+        assert "[40]" in usage("trace_mini.py")
+    else:
+        assert main(flags + SMALL * ("--resume" not in flags and "--eval-only" not in flags)) == 0
+
+
+@pytest.mark.long
+def test_every_command_of_the_wiki_runs(tmp_path):
+    """--build-tiny with two steps per stage, on a copy."""
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    short = ("import sys, warm_start as w; fit = w.fit; w.report = lambda *a, **k: None; "
+             "w.fit = lambda model, data, steps, *a, **k: fit(model, data, 2, *a, **k); "
+             "import toy_wiki; sys.argv[1:] = ['--build-tiny']; toy_wiki.main()")
+    for command, word in ((["toy_wiki.py"], "Question ("), (["-c", short], "flawed: step"),
+                          (["toy_wiki.py", "--oracle", "200"], "200 of 200 solved")):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, check=True,
+                              capture_output=True, text=True)
+        assert word in done.stdout
+    assert load_policy(Config(model=str(tmp_path / "tiny"))).num_words <= 1024
 
 
 def test_the_figure_is_drawn_by_its_command(tmp_path):
