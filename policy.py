@@ -4,6 +4,7 @@ Sampling is in rollout.py. Shapes: R rows, T tokens, S cache columns, W width, V
 """
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ class Policy:
         self.device = next(model.parameters()).device
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.body, self.head = base.base_model, base.get_output_embeddings()
+        self.cache_name = ("cache" if "cache" in signature(self.body.forward).parameters
+                           else "past_key_values")  # as transformers called it before 5.24
         self.softcap = getattr(base.config, "final_logit_softcapping", None)
         self.num_words = len(tokenizer)  # many heads have more rows: no text stands for those
         window = getattr(base.config, "sliding_window", None)  # our masks do not slide
@@ -91,8 +94,8 @@ class Policy:
         latest = starts[:, None] + torch.arange(max(counts), device=self.device)  # [R, T]
         mask = torch.arange(cache.width, device=self.device) <= latest[:, None, :, None]
         return self.body(input_ids=ids[None], position_ids=positions[None], use_cache=True,
-                         past_key_values=cache, attention_mask=mask,  # [R, 1, T, S]
-                         places=(rows, slots)).last_hidden_state[0]
+                         attention_mask=mask,  # [R, 1, T, S]
+                         places=(rows, slots), **{self.cache_name: cache}).last_hidden_state[0]
 
     def logits(self, hidden):
         """Hidden states [..., W] -> logits [..., V] over the words of the tokenizer."""
