@@ -9,8 +9,7 @@ from inspect import signature
 import numpy as np
 import torch
 
-from loading import (ModelError, end_of_turn, first_line, import_bitsandbytes,  # noqa: F401
-                     load_model, prompt_ids)
+from loading import ModelError, end_of_turn, first_line, load_model, prompt_ids
 from packing import pack
 from rollout import RaggedCache, truncated_logprobs
 from tree import Node, path
@@ -104,7 +103,9 @@ class Policy:
 
     def check_logits(self, base):
         """Some architectures scale their logits in ways of their own, or have an attention that
-        is more than ours: refuse those. What they compute as they come is "eager"."""
+        is more than ours: refuse those. What they compute as they come is "eager". Errors are
+        measured against the spread of the logits: in bfloat16, 30 layers round to 1 to 4 % of it,
+        whatever the logits are; what a wrong attention does is 20 % and more."""
         ids = torch.arange(3, device=self.device)[None]
         root = Node(np.arange(3), 0, None)
         left, right = (Node(np.arange(i, i + 4), 4, None, root) for i in (3, 7))
@@ -115,8 +116,9 @@ class Policy:
             base.set_attn_implementation("eager")
             theirs = self.model(input_ids=ids).logits[..., :self.num_words]
         base.set_attn_implementation("packed")
+        most = (0.01 if theirs.dtype == torch.float32 else 0.1) * theirs.float().std()
         for a, b in ((fork, path_), (ours, theirs)):
-            if not torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02):
+            if not (a.float() - b.float()).square().mean().sqrt() <= most:
                 raise ModelError("not supported: its logits are not head(hidden state), or its "
                                  "attention is not the usual one")
 
@@ -152,7 +154,9 @@ class Policy:
         longest = max(config.micro_batch_tokens, self.context)
         self.checkpointing = config.gradient_checkpointing or longest * self.kept_bytes > free / 2
         if self.checkpointing:
-            self.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            base, new = self.model.get_base_model(), "activation_checkpointing_enable"  # since 5.24
+            getattr(base, new if hasattr(base, new) else "gradient_checkpointing_enable")(
+                {"use_reentrant": False})
 
     def memory_line(self):
         return (f"memory: {max(1, self.cache_tokens // self.context)} live episodes of at most "
