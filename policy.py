@@ -25,7 +25,7 @@ class Policy:
     def __init__(self, model, tokenizer, config):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.device = next(model.parameters()).device
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model.get_base_model()
         self.body, self.head = base.base_model, base.get_output_embeddings()
         self.cache_name = ("cache" if "cache" in signature(self.body.forward).parameters
                            else "past_key_values")  # as transformers called it before 5.24
