@@ -236,7 +236,7 @@ def main(arguments=None):
         (at_once if "runs" in row else capped)(row, folder)
         return print(json.dumps(row))
     if not torch.cuda.is_available() and args.shape != "test":
-        print("bench_gpu.py: needs an NVIDIA GPU; --shape test --out FILE does not", file=sys.stderr)
+        print("bench_gpu.py: needs an NVIDIA GPU, --shape test --out FILE none", file=sys.stderr)
         return 2
     if args.shape == "test" and not args.out:
         parser.error("--shape test measures nothing: name a file of its own with --out")

@@ -552,7 +552,7 @@ def test_gpu_bench_caps_memory(monkeypatch, tmp_path):
 def test_gpu_bench_of_runs_at_once(monkeypatch, tmp_path):
     """The speeds of all runs added up, each without its first step: 60 tokens in 3 + 1 s, twice."""
     def start(command, **how):
-        config = parse_config(Config, "", [str(word) for word in command[2:]])  # its flags are flags
+        config = parse_config(Config, "", [str(word) for word in command[2:]])  # flags that exist
         assert config.steps > 1 and how["env"]["OMP_NUM_THREADS"]
         Path(config.out).mkdir()
         (Path(config.out) / "metrics.jsonl").write_text("".join(
