@@ -3,8 +3,9 @@
 Nothing is downloaded: random weights in the shapes of Qwen2.5 (up to 16 GB in the temporary
 folder), loaded and used as trace_mini.py does, with PyTorch's memory capped to what a card of 6,
 8, 12 or 24 GiB leaves to it. Each case is a process of its own, so that one that does not fit
-ends alone. Its row goes to results/gpu.json; what stands there is not run again, so the same
-line goes on after a kill.
+ends alone, and this one holds no memory of the GPU. Its row goes to results/gpu.json; what stands
+there is not run again, so the same line goes on after a kill. The last rows are whole steps of
+the tiny policy, in one run and in several at once, as `ablate.py --jobs` starts them.
 
 A case fits if live episodes fill their context and are continued, and if full paths go through
 the update. Speed is measured on toy questions. Random weights write random words: every turn
@@ -13,6 +14,7 @@ over 151,936 words, most of which no text encodes to: prompts are longer than wi
 """
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,8 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loading import ModelError
-from policy import load_policy
+from policy import ModelError, load_policy
 from rollout import forget_caches, grow
 from runs import write_json
 from trace_mini import HERE, Config, load_data
@@ -38,7 +39,9 @@ SHAPES = {"test": (64, 64, 2, 2, 1, 2048, True),
           "7B": (3584, 18944, 28, 28, 4, 151_936, False)}
 CARDS = (24, 12, 8, 6)  # GiB; on the largest also 16-bit weights and the alternatives
 TAKEN = 0.6             # GiB of a card that CUDA itself and a desktop take, about
-UPDATE = 32_768         # tokens, prompts and observations included
+UPDATE = 32_768         # tokens of paths, prompts and observations included
+RUNS = (1, 4, 8)        # of the tiny policy at once
+RUN = ["--steps", "8", "--eval-questions", "1"]
 DIALS = {"articles": 100, "eval_questions": 1, "max_turns": 3, "turn_tokens": 48}
 TEST = DIALS | {"context": 1280, "cache_tokens": 2560, "turn_tokens": 8, "max_turns": 2}
 
@@ -111,11 +114,9 @@ def measure(row, folder, seed=0):
     policy.update(credits(roots[:2]))
     forget_caches(roots)
 
-    row["stage"] = "sampling"  # two rollouts per prompt, and two from the last turn of each
-    prompt = len(policy.root(data.train[0], data.env).ids)
-    num = 1 if row["model"] == "test" else UPDATE // (4 * (prompt + 250))
-    roots = [policy.root(question, data.env) for question in data.train[:num]]
-    took, _ = seconds(lambda: grow(policy, data.env, roots, [2] * num, (seed, 1)))
+    row["stage"] = "sampling"  # all live episodes, two per prompt, and one from each's last turn
+    roots = [policy.root(question, data.env) for question in data.train[:-(-live // 2)]]
+    took, _ = seconds(lambda: grow(policy, data.env, roots, [2] * len(roots), (seed, 1)))
     row["sampled_tok_s"] = sum(map(sampled_tokens, roots)) / took
     anchors = [path(leaf)[-2] for root in roots for leaf in leaves(root)]
 
@@ -130,20 +131,26 @@ def measure(row, folder, seed=0):
     forget_caches(roots)
 
     row["stage"] = "updating"
-    paths = [alone(leaf) for root in roots for leaf in leaves(root)]
-    scale = UPDATE / sum(leaf.length for root in roots for leaf in leaves(root))
+    tokens = np.cumsum([sum(leaf.length for leaf in leaves(root)) for root in roots])
+    roots = roots[:1 + int((tokens < UPDATE).sum())]
+    scale = UPDATE / tokens[len(roots) - 1]
     policy.update(credits(roots[:1]))  # the first kernels are slow
     row["update_32k_s"] = seconds(lambda: policy.update(credits(roots)))[0] * scale
     if row["compare"]:
+        paths = [alone(leaf) for root in roots for leaf in leaves(root)]
         row["paths_32k_s"] = seconds(lambda: policy.update(credits(paths)))[0] * scale
-    row.update(stage="done", fits=True, context=policy.context, prompt_tokens=prompt,
+    row.update(stage="done", fits=True, context=policy.context, prompt_tokens=roots[0].length,
                planned_episodes=live, live_episodes=max(1, policy.cache_tokens // policy.context),
                cache_tokens=policy.cache_tokens, checkpointing=policy.checkpointing)
 
 
-def run_case(row, folder):
-    """A case in this process -> its row, as a line of JSON on standard output."""
+def capped(row, folder):
+    """`measure`, in what memory the row's card would have; the folder's model is made first."""
+    if not (folder / "tokenizer.json").exists():  # written last
+        make_model(folder, row["model"])
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(
             min(1.0, (row["card_gib"] - TAKEN) * 2 ** 30 / total))
@@ -158,12 +165,31 @@ def run_case(row, folder):
     if torch.cuda.is_available():
         row["peak_gib"] = TAKEN + torch.cuda.max_memory_allocated() / 2 ** 30
         row["hardware"] = torch.cuda.get_device_name()
-    print(json.dumps(row))
+
+
+def at_once(row, folder):
+    """Runs of the tiny policy side by side: the tokens/s of all, in whole steps but their first."""
+    runs = [folder / f"{row['runs']}-{seed}" for seed in range(row["runs"])]
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // len(runs)))}
+    processes = [subprocess.Popen(
+        [sys.executable, HERE / "trace_mini.py", *RUN, "--seed", str(seed), "--out", run],
+        env=os.environ | threads, stdout=subprocess.DEVNULL) for seed, run in enumerate(runs)]
+    if any([process.wait() for process in processes]):
+        raise RuntimeError("a run failed")
+    row.update(stage="done", fits=True, sampled_tok_s=0.0)
+    for run in runs:
+        first, *steps = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        tokens = steps[-1]["sampled_tokens"] - first["sampled_tokens"]
+        row["sampled_tok_s"] += tokens / sum(step[name] for step in steps for name in step
+                                             if name.startswith("time_"))
 
 
 # ---------------------------------------------------------------- all cases
 def cases(shape, largest):
     """Rows to be filled in: NF4 on every card up to the real one, 16 bits on the largest."""
+    if shape == "tiny":
+        return [{"model": f"tiny, {num} at once", "weights": "nf4", "card_gib": largest,
+                 "runs": num} for num in RUNS]
     cards = [card for card in CARDS if card <= largest]
     return [{"model": shape, "weights": weights, "card_gib": card, "fits": None,
              "compare": card == max(cards) and weights == "nf4"}
@@ -187,50 +213,58 @@ def describe(row):
 
 
 HEADER = """\
-| Qwen2.5 | weights | card, GiB | fits | peak, GiB | live episodes | tok/s | tok/s forked / \
-prefilled again | s per update of 32k tokens, packed / path by path |
+| Qwen2.5 | weights | card, GiB | fits | peak, GiB | live episodes | tok/s (tiny: of whole \
+steps) | tok/s forked / prefilled again | s per update of 32k tokens, packed / path by path |
 |---|---|---|---|---|---|---|---|---|"""
+
+
+def gibibytes():
+    """Of this machine's card, asked in a process of its own, which ends."""
+    ask = "import torch; print(torch.cuda.get_device_properties(0).total_memory)"
+    return round(int(subprocess.check_output([sys.executable, "-c", ask])) / 2 ** 30)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, help="one model; test is small and runs on CPU")
+    parser.add_argument("--shape", choices=[*SHAPES, "tiny"],
+                        help="one model; test is small and runs on CPU")
     parser.add_argument("--out", help="where the rows go [results/gpu.json]")
     parser.add_argument("--case", nargs=2, metavar=("JSON", "FOLDER"), help="used by itself")
     args = parser.parse_args(arguments)
     if args.case:
-        return run_case(json.loads(args.case[0]), Path(args.case[1]))
+        row, folder = json.loads(args.case[0]), Path(args.case[1])
+        (at_once if "runs" in row else capped)(row, folder)
+        return print(json.dumps(row))
     if not torch.cuda.is_available() and args.shape != "test":
-        print("bench_gpu.py: needs an NVIDIA GPU; --shape test runs without", file=sys.stderr)
+        print("bench_gpu.py: needs an NVIDIA GPU, --shape test --out FILE none", file=sys.stderr)
         return 2
     if args.shape == "test" and not args.out:
         parser.error("--shape test measures nothing: name a file of its own with --out")
-    largest = min(CARDS) if args.shape == "test" else round(
-        torch.cuda.get_device_properties(0).total_memory / 2 ** 30)
+    largest = min(CARDS) if args.shape == "test" else gibibytes()
     if largest < min(CARDS):
         print(f"bench_gpu.py: the smallest card that it measures has {min(CARDS)} GiB",
               file=sys.stderr)
         return 2
-    file = Path(args.out or HERE / "results" / "gpu.json")
+    file, num_failed = Path(args.out or HERE / "results" / "gpu.json"), 0
     rows = json.loads(file.read_text()) if file.exists() else []
     file.parent.mkdir(parents=True, exist_ok=True)
     print(HEADER)
-    for shape in [args.shape] if args.shape else list(SHAPES)[1:]:
-        missing = [row for row in cases(shape, largest) if key(row) not in map(key, rows)]
+    for shape in [args.shape] if args.shape else [*list(SHAPES)[1:], "tiny"]:
         with tempfile.TemporaryDirectory() as folder:
-            if missing:
-                make_model(Path(folder), shape)
-            for row in missing:
+            for row in cases(shape, largest):
+                if key(row) in map(key, rows):
+                    continue
                 done = subprocess.run([sys.executable, __file__, "--case", json.dumps(row), folder],
                                       capture_output=True, text=True)
                 if done.returncode:  # not a row: the next call tries again
+                    num_failed += 1
                     print(f"{key(row)} failed: {done.stderr.strip()[-300:]}", file=sys.stderr)
                     continue
                 rows.append(json.loads(done.stdout.strip().split("\n")[-1])
                             | {"torch": torch.__version__})
                 write_json(file, rows)
                 print(describe(rows[-1]), flush=True)
-    return 0
+    return int(num_failed > 0)
 
 
 if __name__ == "__main__":

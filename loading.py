@@ -7,15 +7,21 @@ import warnings
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from react_env import Question, prompt_text
 
-transformers_logging.disable_progress_bar()
+QUIET = ("fan_in_fan_out", ".*is_gradient_checkpointing",  # peft mends GPT-2, asks the old way
+         "Cannot .*able progress bars")                    # where the environment has settled it
+for message in QUIET:
+    warnings.filterwarnings("ignore", message=message)
 transformers_logging.set_verbosity_error()
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks the old way
+transformers_logging.disable_progress_bar()  # of reading weights, and of downloading them too;
+enable_progress_bars()                       # ... but that takes minutes
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub's model: no pickles
+NOT_FILES = ["*/*", "consolidated*"]  # of these: folders for other engines, a second copy
 SLOT = Question("", "{the question}", (), "", 0)  # stands for any question in a prompt
 
 
@@ -60,7 +66,8 @@ def find_files(name):
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError("no such folder")
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, allow_patterns=FILES,
+                                      ignore_patterns=NOT_FILES))
     except errors.GatedRepoError:
         why = (f"it is gated: accept its terms at huggingface.co/{name}, then log in with "
                "`hf auth login`")

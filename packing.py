@@ -18,6 +18,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tree import path
 
+GROUPED = {"cpu"}  # where SDPA takes fewer key-value heads than heads also with a mask: on CUDA
+                   # that is slow, and transformers copies the heads there
+
 
 class Pack(NamedTuple):
     """T tokens of turns that stand end to end, and where n of them are predicted."""
@@ -79,14 +82,13 @@ def packed_attention(module, query, key, value, mask, tree=None, places=None, **
 
 
 def attend(module, query, key, value, mask, softcap=None, **kwargs):
-    """SDPA; or the model's own attention where it caps its logits (Gemma 2): SDPA cannot. On a
-    CPU, SDPA takes fewer key-value heads than heads also with a mask; on CUDA they are copied."""
+    """SDPA; or the model's own attention where it caps its logits (Gemma 2): SDPA cannot."""
     if softcap is not None:
         mask = lower_right(query, key) if mask is None else mask
         added = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
         return sys.modules[type(module).__module__].eager_attention_forward(
             module, query, key, value, added, softcap=softcap, **kwargs)
-    if query.device.type == "cpu":
+    if query.device.type in GROUPED:
         causal = mask is None and query.shape[2] > 1
         found = scaled_dot_product_attention(query, key, value, mask, is_causal=causal,
                                              enable_gqa=True, scale=kwargs.get("scaling"))

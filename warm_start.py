@@ -23,7 +23,8 @@ from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
                           Qwen2ForCausalLM)
 
 from allocator import mixed_prob
-from policy import import_bitsandbytes, load_policy
+from loading import import_bitsandbytes
+from policy import load_policy
 from predictor import monte_carlo_value
 from react_env import ReActEnv, observation_text, prompt_text
 from toy_wiki import make_questions, make_world, never, oracle, run_agent

@@ -4,22 +4,26 @@ import json
 import re
 import shutil
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_objects
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, Gemma2Config, LlamaConfig,
-                          PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (AutoModelForCausalLM, Gemma2Config, GptOssConfig, GraniteConfig,
+                          LlamaConfig, PreTrainedTokenizerFast, Qwen2Config)
 
 import bench_gpu
 import trace_mini
 from conftest import assert_refused, fresh_policy
-from loading import ModelError, compute_dtype
-from policy import load_policy
+from loading import QUIET, ModelError, compute_dtype
+from policy import free_bytes, load_policy
 from react_env import FEW_SHOT, Question, ReActEnv, Wiki
 from rollout import ended, forget_caches, grow, held_tokens, observation_ids, prefill
+from runs import parse_config
 from trace_mini import HERE, Config, evaluate, main
 from tree import leaves, nodes, path, path_ids, prefixes
 
@@ -79,17 +83,18 @@ def make_tokenizer(family):
     return tokenizer
 
 
-def make_model(folder, family):
+def make_model(folder, family, make=None, **changed):
     """Random weights; the generation config does not know the end of a turn."""
-    make, (bos, eos, _), _ = FAMILIES[family]
+    _, (bos, eos, _), _ = FAMILIES[family]
+    make = make or FAMILIES[family][0]
     tokenizer = make_tokenizer(family)
     ids = tokenizer.convert_tokens_to_ids
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(make(
+    AutoModelForCausalLM.from_config(make(**dict(
         vocab_size=len(tokenizer) + 8, bos_token_id=bos and ids(bos), eos_token_id=ids(eos),
         pad_token_id=ids(eos), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096,
-        head_dim=32)).save_pretrained(folder)
+        head_dim=32) | changed)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -152,7 +157,7 @@ def test_turns_are_appended_as_ids(instruct):
 
 
 def trained(policy):
-    """The policy after three updates on a tree whose turns get advantages 1 and -1."""
+    """Three updates on a tree whose turns get advantages 1 and -1; -> its root."""
     root = policy.root(QUESTION, ENV)
     grow(policy, ENV, [root], [4], (0, 0))
     grow(policy, ENV, [n for n, _ in prefixes(root)], [1] * 4, (0, 1))
@@ -162,6 +167,7 @@ def trained(policy):
         result = policy.update([credit])
         assert not result["update_skipped"] and result["grad_norm"] > 0
     assert all((a != b).any() for a, b in zip(before, policy.trained))
+    return root
 
 
 def readme_code(**names):
@@ -199,6 +205,50 @@ def test_update_save_load_merge_evaluate(instruct, tmp_path):
         assert (logits(merged) - ours).abs().max() < 1e-4
     result = evaluate(instruct, ENV, [QUESTION])
     assert set(result["predictions"]) == {"q"} and 0 <= result["em"] <= result["f1"] <= 1
+
+
+@pytest.mark.parametrize("family, four_bit", [("qwen", True), ("llama", False), ("gemma", True)])
+def test_what_a_gpu_computes(folders, monkeypatch, family, four_bit):
+    """On CPU, but in bfloat16, through transformers' SDPA, and with checkpointing: adapters stay
+    in 32 bits, log-probs are the update's to rounding, and nobody is warned of anything."""
+    monkeypatch.setattr("loading.compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("packing.GROUPED", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for message in QUIET:
+            warnings.filterwarnings("ignore", message=message)
+        policy = load_policy(Config(model=folders[family], four_bit=four_bit, learning_rate=1e-3,
+                                    gradient_checkpointing=True, **SMALL))
+        root = trained(policy)
+    assert {p.dtype for p in policy.trained} == {torch.float32}
+    assert policy.head.weight.dtype == torch.bfloat16
+    assert policy.column_bytes == 2 * 2 * 1 * 32 * 2  # keys, values; layers; heads; size; bf16
+    fresh = policy.root(QUESTION, ENV)
+    leaf = grow(policy, ENV, [fresh], [1], (0, 2))[0]
+    assert fresh.cache[0].keys[0].dtype == torch.bfloat16
+    with torch.no_grad():
+        again = policy.logprobs([(path(leaf), path(leaf)[1:])])
+        packed = policy.logprobs([(nodes(root), nodes(root)[1:])])
+        alone = torch.cat([policy.logprobs([(path(n), [n])]) for n in nodes(root)[1:]])
+    recorded = torch.tensor(np.concatenate([n.logprobs for n in path(leaf)[1:]]))
+    assert (recorded - again).abs().max() < 0.05 and (packed - alone).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_compute_something_else_are_refused(tmp_path, monkeypatch, dtype):
+    """Granite divides its logits, GPT-OSS attends to sinks as well. But 28 layers that round to
+    16 bits are no reason: that once refused every model on every modern card."""
+    monkeypatch.setattr("loading.compute_dtype", lambda device: dtype)
+    for make, changed in ((GraniteConfig, {"logits_scaling": 4.0}),
+                          (GptOssConfig, {"num_local_experts": 2, "num_experts_per_tok": 1}),
+                          (Qwen2Config, {"num_hidden_layers": 28, "initializer_range": 0.12})):
+        model = make_model(tmp_path / make.model_type, "qwen", make, **changed)
+        config = Config(model=model, four_bit=False, **SMALL)
+        if make is Qwen2Config:
+            assert load_policy(config).head.weight.dtype == dtype
+        else:
+            with pytest.raises(ModelError, match="not supported"):
+                load_policy(config)
 
 
 def test_a_copy_of_the_tiny_policy_wants_the_bare_prompt(folders, tmp_path):
@@ -269,7 +319,12 @@ def test_hub_errors_are_one_line(monkeypatch, tmp_path, capsys):
     for kind, word in ((errors.RepositoryNotFoundError, "neither a folder"),
                        (errors.GatedRepoError, "gated: accept its terms"),
                        (OSError, "No space left")):
-        def download(name, kind=kind, **kwargs):
+        def download(name, kind=kind, allow_patterns=None, ignore_patterns=None):
+            assert not are_progress_bars_disabled()  # gigabytes: one wants to see them come
+            weights = ["model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja"]
+            assert weights == list(filter_repo_objects(
+                [*weights, "consolidated.safetensors", "pytorch_model.bin", "onnx/config.json"],
+                allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
             raise kind.__new__(kind, "No space left\nTraceback")  # without a response of the hub
         with monkeypatch.context() as patch:
             patch.setattr("huggingface_hub.snapshot_download", download)
@@ -404,7 +459,7 @@ def test_gradient_checkpointing_changes_no_gradient(data):
         policy.optimizer.step = lambda: seen.update(
             grad=torch.cat([p.grad.flatten() for p in policy.trained]))
         policy.update([{node: 1.0 - 2 * (i % 2) for i, node in enumerate(nodes(root)[1:])}
-                       for root in roots])
+                       for root in roots[:2]])
         return seen["grad"]
     want = gradient()
     policy.config.gradient_checkpointing = True
@@ -443,9 +498,19 @@ def test_dtype_follows_the_card(monkeypatch):
         assert compute_dtype("cuda") == dtype
 
 
+def test_memory_that_is_free_on_a_card(monkeypatch):
+    """What is left to this process of the card or of its share, and what it holds unused."""
+    for free, share, left in ((4e9, 1.0, 5e9), (4e9, 0.5, 2e9), (1e9, 1.0, 2e9)):
+        for name, value in (("mem_get_info", (free, 8e9)), ("memory_reserved", 3e9),
+                            ("memory_allocated", 2e9), ("get_per_process_memory_fraction", share)):
+            monkeypatch.setattr(f"torch.cuda.{name}", lambda device, value=value: value)
+        assert free_bytes(torch.device("cuda")) == left
+
+
+# ---------------------------------------------------------------- bench_gpu.py
 def test_gpu_bench_runs_through(tmp_path, capsys):
-    """All of the script, shrunk and on CPU; what is done is not run again; without a GPU the
-    real one says so."""
+    """A case of the script, shrunk and on CPU; what is done is not run again; without a GPU the
+    real ones say so."""
     file = tmp_path / "gpu.json"
     assert bench_gpu.main(["--shape", "test", "--out", str(file)]) == 0
     rows = json.loads(file.read_text())
@@ -457,3 +522,44 @@ def test_gpu_bench_runs_through(tmp_path, capsys):
     assert json.loads(file.read_text()) == rows
     if not torch.cuda.is_available():
         assert_refused(bench_gpu.main, [], "NVIDIA GPU", capsys)
+
+
+def test_gpu_bench_caps_memory(monkeypatch, tmp_path):
+    """A 6 GiB card on one of 24: its share, and a case that does not fit is a row."""
+    share, gib = [], 2 ** 30
+    (tmp_path / "tokenizer.json").touch()
+    for name, value in (("is_available", True), ("empty_cache", None), ("get_device_name", "card"),
+                        ("reset_peak_memory_stats", None), ("max_memory_allocated", 4 * gib)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", share.append)
+    monkeypatch.setattr("torch.cuda.get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=24 * gib))
+
+    def measure(row, folder):
+        row["stage"] = "updating"
+        raise kind("model x: does not fit into the memory of the GPU")
+    monkeypatch.setattr(bench_gpu, "measure", measure)
+    for kind in (torch.cuda.OutOfMemoryError, ModelError):
+        row = bench_gpu.cases("3B", 24)[3]
+        bench_gpu.capped(row, tmp_path)
+        assert (row["fits"], row["card_gib"], share.pop()) == (False, 6, 5.4 / 24)
+        assert "| 3B | nf4 | 6 | no (updating) | 4.6 |" in bench_gpu.describe(row)
+    kind = RuntimeError
+    with pytest.raises(RuntimeError):
+        bench_gpu.capped(row, tmp_path)
+
+
+def test_gpu_bench_of_runs_at_once(monkeypatch, tmp_path):
+    """The speeds of all runs added up, each without its first step: 60 tokens in 3 + 1 s, twice."""
+    def start(command, **how):
+        config = parse_config(Config, "", [str(word) for word in command[2:]])  # flags that exist
+        assert config.steps > 1 and how["env"]["OMP_NUM_THREADS"]
+        Path(config.out).mkdir()
+        (Path(config.out) / "metrics.jsonl").write_text("".join(
+            json.dumps({"sampled_tokens": tokens, "time_sample_s": 3.0, "time_update_s": 1.0,
+                        "step": step}) + "\n" for step, tokens in ((1, 40), (2, 100))))
+        return SimpleNamespace(wait=lambda: 0)
+    monkeypatch.setattr("subprocess.Popen", start)
+    row = bench_gpu.cases("tiny", 24)[1] | {"runs": 2}
+    bench_gpu.at_once(row, tmp_path)
+    assert row["sampled_tok_s"] == 2 * 60 / 4 and bench_gpu.describe(row)

@@ -99,14 +99,14 @@ def test_forked_equals_prefilled(policy, data):
 
 def test_episodes_do_not_depend_on_the_split(policy, data):
     """Keyed uniforms: three rows at a time give the episodes of one large batch."""
-    _, together = grown(policy, data)
+    _, together = grown(policy, data, num=2)
     policy.cache_tokens, kept = 3 * policy.context, policy.cache_tokens
-    _, apart = grown(policy, data)
+    _, apart = grown(policy, data, num=2)
     policy.cache_tokens = kept
     ids = [sorted(path_ids(leaf).tobytes() for leaf in found) for found in (together, apart)]
     assert sum(a != b for a, b in zip(*ids)) <= 1  # a draw may fall within rounding of a boundary
-    assert grown(policy, data)[1][0].ids.tolist() == together[0].ids.tolist()
-    other = grown(policy, data, seed=1)[1]
+    assert grown(policy, data, num=2)[1][0].ids.tolist() == together[0].ids.tolist()
+    other = grown(policy, data, num=2, seed=1)[1]
     assert any(a.ids.tolist() != b.ids.tolist() for a, b in zip(together, other))
 
 
@@ -193,7 +193,7 @@ def test_a_sampled_word_stays_in_the_nucleus():
     torch.testing.assert_close(kept, torch.tensor([0.5, 0.25, 0, 0.1]) / 0.85)
 
 
-def expanded(policy, data, num=4):
+def expanded(policy, data, num=2):
     """Backed-up trees with continuations, so that paths share prefixes. Their rewards are set by
     hand, alternately: there is contrast whatever the policy can do."""
     roots, _ = grown(policy, data, num=num, count=3)
@@ -213,7 +213,7 @@ def gradient_of(policy):
 def test_packed_equals_path_by_path(policy, data):
     """One sequence gives the log-probs and gradients of its paths, each alone through the model's
     own causal attention."""
-    root = max(expanded(policy, data, num=3), key=lambda root: root.num_leaves)
+    root = max(expanded(policy, data), key=lambda root: root.num_leaves)
     policy.model.train()
     policy.model.zero_grad()
     packed = policy.logprobs([(nodes(root), nodes(root)[1:])])
@@ -289,7 +289,7 @@ def test_kl_pulls_towards_the_policy_before_training(data):
     """Without advantages only the KL term is left. Its gradient is that of the formula by paths,
     with a policy that was never trained as the reference: its adapter is zero."""
     policy, start = fresh_policy(kl=0.3), load_policy(Config())
-    credits = [dict.fromkeys(nodes(root)[1:], 0.0) for root in expanded(policy, data, num=2)]
+    credits = [dict.fromkeys(nodes(root)[1:], 0.0) for root in expanded(policy, data, num=1)]
     scored = [node for credit in credits for node in credit]
     total = sum(node.num_sampled for node in scored)
     policy.model.train()
