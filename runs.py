@@ -205,9 +205,10 @@ def parse_config(Config, description, arguments):
         elif dial.type is bool:
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, **extra)
         else:
-            parser.add_argument(flag, type=dial.type, default=argparse.SUPPRESS, metavar=dial.type.
-                                __name__.upper(), **extra | {"help": f"{extra['help']} "
-                                                             f"[{dial.default}]"})
+            if dial.default is not None:
+                extra["help"] += f" [{dial.default}]"
+            parser.add_argument(flag, type=dial.type, default=argparse.SUPPRESS,
+                                metavar=dial.type.__name__.upper(), **extra)
     given = vars(parser.parse_args(arguments))
     if "resume" not in given:
         return Config(**given)

@@ -109,7 +109,8 @@ class Config:
     advantage: str = option("", f"tree credit: {', '.join(ADVANTAGES)} (default: the arm's own)")
     predictor: str = option("", f"{', '.join(PREDICTORS)} (default: the arm's own, mostly head)")
     targets: str = option("all", "the predictor learns from all leaves, or from fresh ones only")
-    learning_rate: float = option(1.2e-3, "of AdamW on the LoRA weights")
+    learning_rate: float = option(None, "of AdamW on the LoRA weights (default: 1.2e-3 for tiny, "
+                                  "else 1e-4)")
     updates_per_batch: int = option(1, "optimiser steps on the trees of one training step")
     clip: float = option(0.2, "with several of them: the ratio to the sampling policy is clipped "
                          "to 1 plus or minus this")
@@ -145,6 +146,11 @@ class Config:
             if getattr(self, name) not in names:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: "
                                  f"choose from {', '.join(names)}")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model_path = str(HERE / "tiny") if self.model == "tiny" else self.model
+        self.bare_prompt = knows_bare_prompt(self.model_path)
+        if self.learning_rate is None:
+            self.learning_rate = 1.2e-3 if self.bare_prompt else 1e-4
         for name, low in LOWEST.items():
             high = 1 if name in ("floor", "top_p") else 1e12
             if not low <= getattr(self, name) <= high:
@@ -155,9 +161,6 @@ class Config:
         if self.eval_data and (self.data == "toy" or self.eval_only):
             raise UsageError("--eval-data goes with training on a --data file; without one, or "
                              "with --eval-only, name the file as --data")
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model_path = str(HERE / "tiny") if self.model == "tiny" else self.model
-        self.bare_prompt = knows_bare_prompt(self.model_path)
         sizes = (40, 160, 768) if self.bare_prompt else (128, 256, 4096)
         for name, size in zip(("turn_tokens", "observation_tokens", "context"), sizes):
             setattr(self, name, getattr(self, name) or size)
