@@ -17,7 +17,7 @@ EQUAL_LEAVES = 0.05  # Effective Ratios are compared where leaves per prompt dif
 
 def read_rows(file):
     """Rows of a CSV file, numbers as numbers, nothing as None; [] where there is no file."""
-    texts = "arm", "advantage", "hardware", "made_with"
+    texts = "arm", "advantage", "predictor", "group", "hardware", "made_with"
     if not file.exists():
         return []
     with open(file, newline="") as stream:

@@ -12,6 +12,7 @@ import yaml
 
 from policy import load_policy
 from runs import parse_config
+from tables import read_rows
 from test_instruct import make_model
 from toy_wiki import make_questions, make_world
 from trace_mini import HERE, Config, main
@@ -109,6 +110,42 @@ def test_the_figure_is_drawn_by_its_command(tmp_path):
                           capture_output=True, text=True)
     assert "◆ Search[The Silent Bridge]" in done.stdout
     assert (tmp_path / "results" / "tree.png").read_bytes().startswith(b"\x89PNG")
+
+
+def measured():
+    """Lines of the table of speed and memory, from results/bench.json."""
+    for row in json.loads((HERE / "results" / "bench.json").read_text()):
+        other, ratio = "–", "–"
+        if row["other"] is not None:
+            low, high = row["spread"]
+            other = f"{row['other']:.3g} {row['unit']}"
+            ratio = f"{row['ratio']:.3g} ({low:.3g} to {high:.3g})"
+        yield f"| {row['name']} | {row['ours']:.3g} {row['unit']} | {other} | {ratio} |"
+
+
+def predicted():
+    """Lines of the table of predictors, from the last step in results/predictor.csv."""
+    rows = read_rows(HERE / "results" / "predictor.csv")
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    for name in dict.fromkeys(row["predictor"] for row in last):
+        cells = [name]
+        for group in ("roots", "prefixes"):
+            row = next(row for row in last if (row["group"], row["predictor"]) == (group, name))
+            cells += [f"{row[x]:.2f}" for x in ("brier", "auroc", "bias", "closed")]
+        yield f"| {' | '.join(cells)} |"
+
+
+def credited():
+    """Lines of the table of advantages, from results/gradients.csv."""
+    for row in read_rows(HERE / "results" / "gradients.csv"):
+        cells = [f"{row[x]:.3f} ± {row[x + '_error']:.3f}"
+                 for x in ("snr", "agreement", "cosine_1", "cosine_10")]
+        yield f"| {row['arm']} | {row['advantage']} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("lines", [measured, predicted, credited])
+def test_every_measured_number_is_that_of_its_file(lines):
+    assert "\n".join(lines()) in TEXT
 
 
 def test_the_choices_are_those_of_the_program():
