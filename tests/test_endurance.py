@@ -112,9 +112,9 @@ def test_killed_again_and_again(tmp_path, tell):
     for saved in (ours, theirs):  # the only thing that knows the times
         del saved["state"]["metrics_bytes"]
     assert same(ours, theirs)
-    tell(f"{num_kills} kills in {num_steps} steps, {len(half_written)} while a checkpoint was written: "
-         f"{redone} steps redone, no line doubled or lost; metrics, evaluations, predictions, "
-         "adapter and checkpoint are those of a run left alone")
+    tell(f"{num_kills} kills in {num_steps} steps, {len(half_written)} while a checkpoint was "
+         f"written: {redone} steps redone, no line doubled or lost; metrics, evaluations, "
+         "predictions, adapter and checkpoint are those of a run left alone")
 
 
 def same(a, b):
@@ -147,8 +147,8 @@ def test_thousands_of_steps(tmp_path, monkeypatch, tell):
     gc.freeze()  # what is there already is not searched at every step
     start_s = time.perf_counter()
     try:
-        assert main([*TINY, "--turn-tokens", "8", "--steps", str(num), "--show-every", "500",
-                     "--out", str(tmp_path / "run")]) == 0
+        assert main([*TINY, "--turn-tokens", "2", "--steps", str(num), "--show-every", "500",
+                     "--checkpoint-every", "20", "--out", str(tmp_path / "run")]) == 0
     finally:
         gc.unfreeze()
     cpu, memory, handles = np.array(seen).T
