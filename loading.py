@@ -38,16 +38,20 @@ def load_model(config):
     if not any(file for kind in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(kind)):
         raise ModelError("no tokenizer in that folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False)  # nor ask on the terminal
     except Exception as error:
         raise ModelError(f"no tokenizer there ({first_line(error)})") from None
     dtype, quantization = compute_dtype(config.device), None
     if config.four_bit:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                           bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=quantization, local_files_only=True,
+        use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         attn_implementation="packed", device_map={"": config.device})  # packing.py's
+    if found["missing_keys"]:  # transformers would leave them random and say nothing
+        raise ModelError(f"its files have no weights for {min(found['missing_keys'])}")
     if config.device == "cpu":
         check_blocks(model)
     torch.manual_seed(config.seed)  # the LoRA matrices A start at random, B at zero
@@ -63,7 +67,7 @@ def find_files(name):
     from huggingface_hub import errors, snapshot_download
     if os.path.isdir(name):
         return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name):
         raise ModelError("no such folder")
     try:
         return Path(snapshot_download(name, allow_patterns=FILES,

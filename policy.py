@@ -2,9 +2,11 @@
 
 Sampling is in rollout.py. Shapes: R rows, T tokens, S cache columns, W width, V vocabulary.
 """
+import shutil
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,7 +63,9 @@ class Policy:
 
     # ------------------------------------------------------------ text and ids
     def encode(self, text):
-        """Ids of plain text: text that looks like a special token stays text."""
+        """Ids of plain text: text that looks like a special token stays text, and half of a
+        surrogate pair, which JSON may hold but no tokenizer takes, becomes a question mark."""
+        text = text.encode(errors="replace").decode()
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def root(self, question, env):
@@ -292,13 +296,23 @@ class Policy:
 
     def load_state_dict(self, state):
         from peft import set_peft_model_state_dict
+        if {name: x.shape for name, x in state["adapter"].items()} != {
+                name: x.shape for name, x in self.state_dict()["adapter"].items()}:
+            raise ModelError("the checkpoint was made with a model of other shapes")
         set_peft_model_state_dict(self.model, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def save_adapter(self, folder):
-        """In peft's format: PeftModel.from_pretrained(base, folder) loads it. (Left to find out
-        whether embeddings are to be saved, peft would ask the hub, here and in state_dict.)"""
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+        """In peft's format: PeftModel.from_pretrained(base, folder) loads it. Written aside: the
+        folder never holds half a file. (Left to find out whether embeddings are to be saved, peft
+        would ask the hub, here and in state_dict.)"""
+        aside = Path(f"{folder}.part")
+        shutil.rmtree(aside, ignore_errors=True)  # what a kill may have left
+        self.model.save_pretrained(aside, save_embedding_layers=False)
+        Path(folder).mkdir(exist_ok=True)
+        for file in aside.iterdir():
+            file.replace(Path(folder, file.name))
+        aside.rmdir()
 
 
 def load_policy(config):

@@ -69,19 +69,22 @@ class HeadPredictor:
         return (weights * (probability - targets) ** 2).sum() / weights.sum()
 
     def update(self, features, targets, weights):
-        """A few full-batch steps of Adam; -> loss on what is new, before them. A loss that is not
-        finite changes nothing."""
+        """A few full-batch steps of Adam; -> loss on what is new, before them. Where that loss or
+        a gradient is not finite, what is new is forgotten, and the loss is NaN."""
         new = self.inputs(features), *(torch.tensor(x).float() for x in (targets, weights))
         with torch.no_grad():
             before = self.loss(*new).item()
         if not np.isfinite(before):
-            return before
+            return np.nan
         old = self.lessons or [part[:0] for part in new]
-        self.lessons = [torch.cat(parts)[-self.memory:] for parts in zip(old, new)]
+        lessons = [torch.cat(parts)[-self.memory:] for parts in zip(old, new)]
         for _ in range(self.passes):
             self.optimizer.zero_grad()
-            self.loss(*self.lessons).backward()
+            self.loss(*lessons).backward()
+            if not all(p.grad.isfinite().all() for p in self.network.parameters()):
+                return np.nan
             self.optimizer.step()
+        self.lessons = lessons
         return before
 
     def state_dict(self):
@@ -222,8 +225,9 @@ def monte_carlo_value(policy, env, anchors, num, key):
 
 
 def predict(predictor, anchors):
-    """Ṽ of the anchors, [n], also kept on the nodes."""
+    """Ṽ of the anchors, [n], also kept on the nodes; one half where it is not a number."""
     values = predictor.predict(features(anchors)) if anchors else np.zeros(0)
+    values = np.nan_to_num(values, nan=0.5)
     for node, value in zip(anchors, values):
         node.predicted = float(value)
     return values
@@ -232,7 +236,7 @@ def predict(predictor, anchors):
 def concentrations(predictor, anchors, default):
     """Pseudo-counts [n] behind the predictions: the predictor's own where it tells them."""
     if anchors and hasattr(predictor, "concentration"):
-        return predictor.concentration(features(anchors))
+        return np.nan_to_num(predictor.concentration(features(anchors)), nan=default)
     return np.full(len(anchors), default)
 
 
@@ -251,9 +255,10 @@ def score_and_update(predictor, roots, targets="all"):
     anchors, targets, weights = lessons(roots, targets)
     scored = [i for i, node in enumerate(anchors) if node.predicted is not None]
     predicted = np.array([anchors[i].predicted for i in scored])
+    loss = predictor.update(features(anchors), targets, weights)
     return {"predictor_brier": brier(predicted, targets[scored], weights[scored]),
             "predictor_auroc": auroc(predicted, targets[scored], weights[scored]),
-            "predictor_loss": predictor.update(features(anchors), targets, weights)}
+            "predictor_loss": loss, "predictor_skipped": int(not np.isfinite(loss))}
 
 
 # ---------------------------------------------------------------- scores

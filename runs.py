@@ -3,20 +3,22 @@
 Nothing is overwritten: a fresh run gets a fresh folder. A checkpoint is one file, written
 aside, flushed and renamed, and the one before it is kept, so that a kill at any moment loses
 at most the steps since the last one. It also holds the lengths of the metrics files; resuming
-cuts them back to there.
+cuts them back to there. It says whose it is, and is refused where it is damaged or another's.
 """
 import argparse
 import ctypes
 import dataclasses
 import gc
+import io
 import json
+import math
 import os
-import pickle
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -27,11 +29,17 @@ from tree import leaves, path
 
 DECAY = 0.9  # of counted outcomes and tokens, whenever a step adds to them
 MEMORY = {"cache_tokens", "micro_batch_tokens", "gradient_checkpointing", "logit_chunk"}  # dials
+FREE = MEMORY | {"resume", "steps", "eval_only"}  # what may change when a run goes on
+MOST_BAD = 10  # steps in a row whose numbers are not finite, then a run stops by itself
 COST_DECAY = 0.7  # per step, of the counts from which the cost of a rollout is forecast
 
 
 class UsageError(ValueError):
     """Something the user can mend, in one line."""
+
+
+class NotFinite(ArithmeticError):
+    """Why a run stopped by itself, in one line."""
 
 
 def fresh_folder(out, name):
@@ -73,24 +81,36 @@ class Lines:
     def __init__(self, file, size):
         self.stream = open(file, "ab")
         if self.stream.tell() < size:
-            raise UsageError(f"{file}: shorter than its checkpoint says; it was changed by hand")
+            raise UsageError(f"{file}: shorter than the checkpoint says, changed by hand; bring "
+                             "it back, or start again in another folder")
         self.stream.truncate(size)
         self.stream.seek(size)
 
     def write(self, row):
+        """A number that is not finite becomes null: JSON knows no NaN."""
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+               for name, value in row.items()}
         self.stream.write(json.dumps(row).encode() + b"\n")
         self.stream.flush()
 
-    def tell(self):
+    def sync(self):
+        """Bring all to the disk, before a checkpoint relies on it; -> length in bytes."""
+        os.fsync(self.stream.fileno())
         return self.stream.tell()
+
+
+def own_dials(dials):
+    """Of {name: value}, what makes a run and its checkpoints its own."""
+    return {name: value for name, value in dials.items() if name not in FREE | {"out"}}
 
 
 def save_checkpoint(folder, step, content):
     """Write checkpoint/step-000010.pt and keep the one before it."""
     file = folder / "checkpoint" / f"step-{step:06d}.pt"
     aside = file.with_suffix(".part")
+    torch.save(content, buffer := io.BytesIO())  # into a file it would hide that a disk is full
     with open(aside, "wb") as stream:
-        torch.save(content, stream)
+        stream.write(buffer.getbuffer())
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)
@@ -99,15 +119,27 @@ def save_checkpoint(folder, step, content):
 
 
 def load_checkpoint(folder):
-    """Content of the newest checkpoint. UsageError when there is none, or it is damaged."""
+    """Content of the newest checkpoint. UsageError when there is none, or it is damaged, or its
+    dials are not those of config.json (checkpoints that say nothing of dials are older)."""
     files = sorted((folder / "checkpoint").glob("step-*.pt"))
     if not files:
-        raise UsageError(f"--resume {folder}: no checkpoint there")
+        raise UsageError(f"--resume {folder}: no checkpoint there, so nothing is trained yet; "
+                         "delete the folder and start again")
+    then = (f"delete it to go on from {files[-2].name}" if len(files) > 1 else
+            "there is none before it, so start again in another folder")
     try:
-        return torch.load(files[-1], weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
-        before = f"; delete it to go on from {files[-2].name}" if len(files) > 1 else ""
-        raise UsageError(f"{files[-1]}: damaged, or not one of our checkpoints{before}") from None
+        with ZipFile(files[-1]) as archive:  # torch takes changed bytes for weights
+            if archive.testzip():
+                raise ValueError
+        saved = torch.load(files[-1], weights_only=True, map_location="cpu")
+        State(**saved["state"]), saved["policy"], saved["predictor"]
+    except Exception:  # zip, pickle and torch each have many of their own
+        raise UsageError(f"{files[-1]}: damaged, or no checkpoint of ours; {then}") from None
+    config = json.loads((folder / "config.json").read_text())
+    if strange := sorted(saved.get("config", {}).items() - config.items()):
+        raise UsageError(f"{files[-1]}: of another run, with {strange[0][0]} {strange[0][1]}, not "
+                         f"{config.get(strange[0][0])}; {then}")
+    return saved
 
 
 @dataclass
@@ -122,6 +154,7 @@ class State:
     below: dict = field(default_factory=dict)  # depth -> (bare rollouts, tokens they went on for)
     metrics_bytes: int = 0                     # lengths of the files at the last checkpoint
     evals_bytes: int = 0
+    bad_steps: int = 0                         # in a row, with numbers that were not finite
 
     def first_cost(self, episode_tokens, num_continuations):
         """A guess, worth two rollouts: a continuation costs 0.6 of an episode."""
@@ -212,8 +245,7 @@ def parse_config(Config, description, arguments):
     given = vars(parser.parse_args(arguments))
     if "resume" not in given:
         return Config(**given)
-    free = MEMORY | {"resume", "steps", "eval_only"}
-    if other := sorted(set(given) - free - ({"data", "out"} if "eval_only" in given else set())):
+    if other := sorted(set(given) - FREE - ({"data", "out"} if "eval_only" in given else set())):
         raise UsageError("--resume goes on with the run's own configuration; beside it stand only "
                          "--steps, the memory dials and --eval-only with --data and --out, not "
                          f"--{other[0].replace('_', '-')}")
@@ -228,7 +260,12 @@ def read_config(Config, folder, **changed):
     """Configuration of the run in `folder`, with some dials changed."""
     file = Path(folder) / "config.json"
     try:
-        return Config(**{**json.loads(file.read_text()), **changed})
+        dials = {**json.loads(file.read_text()), **changed}
+        for dial in dataclasses.fields(Config):
+            value = dials.get(dial.name, dial.default)
+            if type(value) not in (dial.type, int if dial.type is float else dial.type):
+                raise TypeError(f"{dial.name} is {value!r}")
+        return Config(**dials)
     except UsageError:
         raise
     except OSError:
@@ -245,13 +282,15 @@ def say(text):
 def describe(row):
     """One line per step, with units."""
     auroc = row["predictor_auroc"]
+    bad = [name for name in ("update", "predictor") if row[f"{name}_skipped"]]
     return (f"step {row['step']:3d} | reward {row['reward_mean']:.2f} | Effective Ratio predicted "
             f"{row['predicted_effective_ratio']:.2f} realised {row['effective_ratio']:.2f} | "
             f"{row['active_prompts']} prompts x {row['leaves_per_prompt']:.1f} leaves | "
             f"{row['sampled_tokens']:,} tokens | predictor AUROC "
             f"{'-' if auroc is None else f'{auroc:.2f}'} | "
             f"seconds: sample {row['time_sample_s']:.1f} predict {row['time_predict_s']:.1f} "
-            f"allocate {row['time_allocate_s']:.2f} update {row['time_update_s']:.1f}")
+            f"allocate {row['time_allocate_s']:.2f} update {row['time_update_s']:.1f}"
+            + (f" | SKIPPED, as not finite: {', '.join(bad)}" if bad else ""))
 
 
 def transcript(policy, path):

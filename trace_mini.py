@@ -21,13 +21,14 @@ the paper, or left open by it and chosen here:
 import signal
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from allocator import PREFIX_RULES, ROOT_RULES, Anchors, deal_in_proportion, predicted_mixed_prob
@@ -37,9 +38,9 @@ from policy import ModelError, load_policy
 from predictor import PREDICTORS, concentrations, predict, score_and_update
 from react_env import DataError, ReActEnv, load_questions, write_predictions
 from rollout import forget_caches, grow, prefill
-from runs import (Clock, Lines, State, UsageError, describe, load_checkpoint, fresh_folder,
-                  parse_config, save_checkpoint, say, start_folder, transcript, trim_memory,
-                  write_json)
+from runs import (MOST_BAD, Clock, Lines, NotFinite, State, UsageError, describe, fresh_folder,
+                  load_checkpoint, own_dials, parse_config, save_checkpoint, say, start_folder,
+                  transcript, trim_memory, write_json)
 from toy_wiki import make_questions, make_world
 from tree import (ADVANTAGES, TARGETS, advantages, backup, has_contrast, leaves, nodes, path,
                   prefixes, sampled_tokens)
@@ -48,6 +49,7 @@ HERE = Path(__file__).resolve().parent
 NUM_TOY_QUESTIONS = 4000
 LOWEST = {"steps": 0, "budget": 1, "num_continuations": 0, "pool_size": 1, "group_size": 2,
           "cap": 2, "concentration": 0, "floor": 0, "learning_rate": 0, "lora_rank": 1,
+          "max_grad_norm": 0, "wiki_seed": 0,
           "updates_per_batch": 1, "clip": 0, "kl": 0,
           "temperature": 1e-3, "top_p": 1e-3, "max_turns": 1, "eval_questions": 1,
           "checkpoint_every": 1, "articles": 100, "final_eval_questions": 0, "eval_every": 0,
@@ -355,10 +357,10 @@ def train(config, policy, data, folder):
     def save():
         policy.save_adapter(folder / "adapter")
         draw_curve(folder)
-        state.metrics_bytes, state.evals_bytes = metrics.tell(), evals.tell()
+        state.metrics_bytes, state.evals_bytes = metrics.sync(), evals.sync()
         save_checkpoint(folder, state.step, {
-            "state": vars(state), "policy": policy.state_dict(),
-            "predictor": predictor.state_dict()})
+            "config": own_dials(asdict(config)), "state": vars(state),
+            "policy": policy.state_dict(), "predictor": predictor.state_dict()})
 
     def score(last=False):
         first = data.eval[:config.eval_questions]
@@ -392,13 +394,19 @@ def train(config, policy, data, folder):
             say(transcript(policy, path(leaves(trees[0])[0])))
             if config.show_tree:
                 say(tree_text(next(filter(has_contrast, trees), trees[0]), policy.wrote))
-        last = state.step == config.steps
+        bad = row["update_skipped"] or row["predictor_skipped"]
+        state.bad_steps = state.bad_steps + 1 if bad else 0
+        last, broken = state.step == config.steps, state.bad_steps >= MOST_BAD
         if last or (config.eval_every and state.step % config.eval_every == 0):
             result = score(last)
             row.update(eval_em=result["em"], eval_f1=result["f1"])
         metrics.write(row)
-        if last or stopped or state.step % config.checkpoint_every == 0:
+        if last or stopped or broken or state.step % config.checkpoint_every == 0:
             save()
+        if broken:
+            raise NotFinite(f"{folder}: saved and stopped after step {state.step}: in the last "
+                            f"{state.bad_steps} steps a loss or gradient was not finite, and they "
+                            "taught nothing; try a new run with a smaller --learning-rate")
         if stopped and not last:
             return say(f"saved after step {state.step}; go on with: "
                        f"python trace_mini.py --resume {folder}")
@@ -441,11 +449,19 @@ def run(config):
 
 
 def main(arguments=None):
-    """-> exit code: 0, 2 for what the user can mend (one line says what), 130 for Ctrl-C."""
+    """-> exit code: 0; 1 where the numbers broke down; 2 for what the user can mend; 130 for a
+    Ctrl-C that stopped at once. One line says what it was."""
     try:
         run(parse_config(Config, __doc__, arguments))
     except (UsageError, DataError, ModelError) as error:
         print(f"trace_mini.py: {error}", file=sys.stderr)
+        return 2
+    except NotFinite as error:
+        print(f"trace_mini.py: {error}", file=sys.stderr)
+        return 1
+    except (OSError, SafetensorError) as error:  # a full disk, above all
+        print(f"trace_mini.py: {first_line(error)}; once that is mended, a run goes on with "
+              "--resume DIR", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError as error:
         print(f"trace_mini.py: {first_line(error)} Smaller --micro-batch-tokens, --cache-tokens "
@@ -453,9 +469,12 @@ def main(arguments=None):
               "--resume DIR and other memory dials", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("trace_mini.py: stopped at once; a run goes on from its newest checkpoint with "
+              "--resume DIR", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character ends no run
     sys.exit(main())

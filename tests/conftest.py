@@ -1,4 +1,6 @@
 """Shared fixtures: the toy world, and the embedded policy in 4 bits and not."""
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from policy import load_policy
 from trace_mini import Config, load_data
 
+SMALL = bool(os.environ.get("TRACE_MINI_SMALL"))  # the long tests in the size of .ci/run
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -36,6 +39,23 @@ def shared_data():
     if not SHARED.is_dir():
         pytest.skip(f"no sample data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def tell(capsys):
+    """Print past pytest's capture: figures that a long test measured."""
+    def tell(text):
+        with capsys.disabled():
+            print(text)
+    return tell
+
+
+def metrics(folder):
+    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
+
+
+def timeless(row):
+    return {k: v for k, v in row.items() if not k.startswith(("time_", "memory_"))}
 
 
 def assert_refused(main, arguments, word, capsys):

@@ -84,6 +84,17 @@ def test_lessons_that_are_not_finite_are_not_kept():
     assert np.array_equal(predictor.predict(inputs), before) and len(predictor.lessons[0]) == 200
 
 
+def test_a_gradient_that_is_not_finite_teaches_nothing():
+    """The loss is finite, and so are the weights after it."""
+    predictor, (inputs, targets, weights) = PREDICTORS["head"](policy=POLICY), batch(0)
+    predictor.update(inputs, targets, weights)
+    before, loss = predictor.predict(inputs), predictor.loss
+    predictor.loss = lambda *lessons: loss(*lessons) + (
+        0 * predictor.network[-1].weight).sqrt().sum()  # whose slope at 0 is infinite
+    assert np.isnan(predictor.update(inputs, targets, weights))
+    assert np.array_equal(predictor.predict(inputs), before) and len(predictor.lessons[0]) == 200
+
+
 def test_same_seed_same_head():
     a, b = (PREDICTORS["head"](policy=POLICY, seed=3) for _ in range(2))
     for predictor in (a, b):

@@ -9,7 +9,7 @@ import torch
 
 import trace_mini
 from allocator import PREFIX_RULES, ROOT_RULES
-from conftest import assert_refused, fresh_policy
+from conftest import assert_refused, fresh_policy, metrics, timeless
 from predictor import PREDICTORS
 from runs import State, load_checkpoint
 from trace_mini import ARMS, POOL, Config, draw_pool, load_data, main, train_step
@@ -21,14 +21,6 @@ METRICS = {"step", "method", "seed", "sampled_tokens", "leaves", "effective_rati
            "predicted_effective_ratio", "reward_mean", "loss", "grad_norm", "predictor_brier",
            "predictor_auroc", "cut_observations", "overflowed_episodes", "time_sample_s",
            "time_predict_s", "time_allocate_s", "time_update_s"}
-
-
-def metrics(folder):
-    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
-
-
-def timeless(row):
-    return {k: v for k, v in row.items() if not k.startswith(("time_", "memory_"))}
 
 
 @pytest.fixture(scope="module")
