@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from draw import draw_arms
 from policy import ModelError, load_policy
+from questions import evaluate, load_data
 from react_env import ReActEnv
 from runs import Parser, UsageError, load_checkpoint, parse_config, write_json
 from tables import finished, read_rows, report, write_rows
 from toy_wiki import make_questions, make_world
-from trace_mini import HERE, Config, evaluate, load_data
+from trace_mini import HERE, Config
 from tree import ADVANTAGES
 
 # Steps, tokens and evaluations: those of a lesson, and those of everything else

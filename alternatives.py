@@ -9,9 +9,10 @@ from transformers import StoppingCriteria
 
 from allocator import mixed_prob
 from policy import load_policy
+from questions import load_data
 from react_env import split_completion
 from rollout import ended, observation_ids
-from trace_mini import Config, load_data
+from trace_mini import Config
 from tree import path, path_ids
 
 

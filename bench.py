@@ -24,11 +24,12 @@ from alternatives import (by_paths, peak_megabytes, plain_prefixes, plain_react,
                           trl_steps)
 from policy import load_policy
 from predictor import PREDICTORS
+from questions import load_data
 from react_env import load_questions
 from rollout import forget_caches, grow
 from runs import State, write_json
 from toy_wiki import make_world
-from trace_mini import Config, load_data, train_step
+from trace_mini import Config, train_step
 from tree import Node, leaves, nodes, path, path_ids, prefixes, sampled_tokens
 
 REPEATS = 5

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 
 from policy import ModelError, load_policy
+from questions import load_data
 from rollout import forget_caches, grow
 from runs import write_json
-from trace_mini import HERE, Config, load_data
+from trace_mini import HERE, Config
 from tree import Node, leaves, nodes, path, sampled_tokens
 
 # hidden size, MLP size, layers, heads, key-value heads, words, one matrix for input and output?

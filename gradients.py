@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from policy import ModelError, load_policy
 from predictor import PREDICTORS
+from questions import load_data
 from rollout import forget_caches, grow
 from runs import (Parser, State, UsageError, load_checkpoint, parse_config, read_config,
                   trim_memory)
 from tables import write_rows
-from trace_mini import Config, load_data, train_step
+from trace_mini import Config, train_step
 from tree import ADVANTAGES, advantages, backup
 
 ARMS = {arm: f"--method {arm}" for arm in ("grpo", "pcl", "treepo", "root", "prefix", "trace")} | {

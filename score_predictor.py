@@ -22,11 +22,12 @@ from allocator import allocate_roots, expand_prefixes, flip_prob, mixed_prob
 from draw import COLOURS, STYLES, Picture
 from policy import ModelError, load_policy
 from predictor import PREDICTORS, auroc, brier, features, lessons, monte_carlo_value
+from questions import load_data
 from react_env import DataError
 from rollout import grow, prefill
 from runs import Parser, State, UsageError, read_config
 from tables import write_rows
-from trace_mini import Config, load_data, train_step
+from trace_mini import Config, train_step
 from tree import prefixes
 
 BARE = 3       # bare rollouts per prompt whose prefixes are scored, near what stage 1 deals

@@ -248,7 +248,8 @@ def as_llama(model):
 
 def report(model="tiny", wiki_seed=0, num_questions=100, num_rollouts=64):
     """Print greedy accuracy and the spread of success probabilities, by kind and hop count."""
-    from trace_mini import Config, evaluate, load_data
+    from questions import evaluate, load_data
+    from trace_mini import Config
     config = Config(model=model, wiki_seed=wiki_seed, eval_questions=num_questions)
     data, policy = load_data(config), load_policy(config)
     greedy = evaluate(policy, data.env, data.eval)
