@@ -64,7 +64,8 @@ PRESETS = {
     | {name: (f"{TRACE} --predictor {name}", 3)
        for name in ("beta", "logistic", "counts", "constant")},
     "values": {"plug-in": (TRACE, 3), "posterior": (f"{TRACE} --concentration 8", 3),
-               "cost-aware": (f"{TRACE} --cost-aware", 3), "floor": (f"{TRACE} --floor 0.25", 3)},
+               "cost-aware": (f"{TRACE} --cost-aware", 3), "floor": (f"{TRACE} --floor 0.25", 3),
+               "repeats": (f"{TRACE} --repeats", 3)},
     "transfer": {f"{arm}@{where}": (flags, num) for where in ("wiki", "hops")
                  for arm, flags, num in (("grpo", GRPO, 10), ("trace", TRACE, 10), ("pcl", PCL, 5),
                                          ("treepo", TREEPO, 5))},

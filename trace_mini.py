@@ -42,7 +42,7 @@ from runs import (MOST_BAD, Clock, Lines, NotFinite, State, UsageError, describe
                   load_checkpoint, own_dials, parse_config, save_checkpoint, say, start_folder,
                   transcript, trim_memory, write_json)
 from tree import (ADVANTAGES, TARGETS, advantages, backup, has_contrast, leaves, nodes, path,
-                  prefixes, sampled_tokens)
+                  prefixes, repeat_probs, sampled_tokens)
 
 HERE = Path(__file__).resolve().parent
 LOWEST = {"steps": 0, "budget": 1, "num_continuations": 0, "pool_size": 1, "group_size": 2,
@@ -106,6 +106,8 @@ class Config:
                                   "predictions (0: they are taken as certain)")
     floor: float = option(0.0, "trace rules: share of the rollouts that is spread uniformly")
     cost_aware: bool = option(False, "trace rules: gain per expected token, not per rollout")
+    repeats: bool = option(False, "trace prefixes: a continuation that repeats its bare rollout "
+                           "flips nothing; how often it does, log-probs tell")
     advantage: str = option("", f"tree credit: {', '.join(ADVANTAGES)} (default: the arm's own)")
     predictor: str = option("", f"{', '.join(PREDICTORS)} (default: the arm's own, mostly head)")
     targets: str = option("all", "the predictor learns from all leaves, or from fresh ones only")
@@ -214,12 +216,13 @@ def train_step(config, state, policy, predictor, data):
         can = np.array([len(pairs) > 0 for pairs in owned])
         shares = deal_in_proportion(m * can, config.num_continuations * int(m.sum()))
         k, start = np.zeros(len(anchors), int), 0
-        for pairs, share in zip(owned, shares):
+        for root, pairs, share in zip(roots, owned, shares):
             own = slice(start, start := start + len(pairs))
             outcomes = np.array([reward for _, reward in pairs], int)
+            repeat = np.array(repeat_probs(root)) if config.repeats else 0.0
             k[own] = PREFIX_RULES[config.prefix_rule](
                 Anchors(chances[own], outcomes, concentration=sure_there[own], cost=cost[own],
-                        **dials), int(share), rng)
+                        repeat=repeat, **dials), int(share), rng)
 
     # 5. Continuations, from the prefixes themselves.
     with clock("sample"):

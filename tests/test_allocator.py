@@ -390,6 +390,23 @@ def test_prefixes_are_optimal_given_their_floor(concentration, floor, units):
         assert value(k) == pytest.approx(value(feasible).max(), abs=1e-12)
 
 
+def test_repeats_flip_nothing():
+    """Best of all 36 allocations of 7 where a continuation that departs flips as predicted; a
+    prefix from which nothing departs gets none."""
+    feasible = every_allocation(3, 7)
+    feasible = feasible[feasible.sum(axis=1) == 7]
+    for seed in range(20):
+        repeat = np.random.default_rng(seed).random(3)
+        p = replace(prefixes_of(3, seed), repeat=repeat)
+
+        def value(k):
+            return (1 - (1 - (1 - repeat) * flip_prob(p.v, p.outcome, 1)) ** k).sum(-1)
+        k = PREFIX_RULES["trace"](p, 7, np.random.default_rng(0))
+        assert value(k) == pytest.approx(value(feasible).max(), abs=1e-12)
+        sure = replace(p, repeat=np.array([0.0, 1.0, 0.5]))
+        assert PREFIX_RULES["trace"](sure, 7, np.random.default_rng(0))[1] == 0
+
+
 def test_floor_reaches_every_prompt():
     """Guards against starvation: without a floor, hopeless prompts are never visited.
     With 2 of 10 visited per step, a prompt is missed 150 times with chance 3e-15."""

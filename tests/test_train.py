@@ -180,12 +180,14 @@ def test_flags_reach_the_allocator(stage, rules, quick, monkeypatch):
 
     monkeypatch.setitem(rules, "spy", spy)
     dials = {"concentration": 3.0, "floor": 0.25, "cost_aware": True, "cap": 5}
-    state, done = steps(quick, 2, method="trace", **{stage: "spy"}, **dials)
+    state, done = steps(quick, 2, method="trace", repeats=True, **{stage: "spy"}, **dials)
     assert len(seen) >= 2
     for anchors in seen:
         assert all(np.all(getattr(anchors, name) == value) for name, value in dials.items())
         assert (anchors.outcome is None) == (stage == "root_rule")
         assert anchors.cost.shape == anchors.v.shape and (anchors.cost >= 1).all()
+        assert stage == "root_rule" or (np.shape(anchors.repeat) == anchors.v.shape and
+                                        (0 < anchors.repeat).all() and (anchors.repeat < 1).all())
     assert max(max(row["group_sizes"]) for _, row in done) <= 5
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tree import (ADVANTAGES, EPSILON, TARGETS, Node, advantages, backup, has_contrast, leaves,
-                  nodes, path, path_ids, prefixes, sampled_tokens)
+                  nodes, path, path_ids, prefixes, repeat_probs, sampled_tokens)
 
 
 def turn(parent, first_id, reward=None, num_sampled=2, sample=0):
@@ -74,6 +74,17 @@ def test_structure(tree):
     assert sampled_tokens(root) == 2 * 9
     # each non-terminal prefix of a bare rollout, with that rollout's own outcome
     assert tree["owners"] == [(tree["a"], 1), (tree["b"], 1), (tree["g"], 0)]
+
+
+def test_repeat_probs_by_hand(tree):
+    """One turn each of chance 1/2 (two tokens of log-prob ln(1/2) / 2): behind a stand b and c."""
+    for node in nodes(tree["root"]):
+        node.logprobs = np.log(0.5) * np.ones(node.num_sampled) / 2
+    for name in "def":  # before the continuations
+        node = tree[name]
+        node.parent.children.remove(node)
+    assert [node for node, _ in prefixes(tree["root"])] == [tree[name] for name in "abg"]
+    assert repeat_probs(tree["root"]) == pytest.approx([1 / 4, 1 / 2, 1 / 2])
 
 
 STD_ROOT, STD_A = (0.4 * 0.6) ** 0.5, (1 / 3 * 2 / 3) ** 0.5
