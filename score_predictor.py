@@ -5,7 +5,9 @@ the very same trees; at a pause each is scored on held-out questions, at their r
 prefixes of new bare rollouts, against Monte-Carlo truth: fresh continuations of every anchor,
 in two halves. "truth" is one half in the place of a predictor: the ceiling that the noise of
 the truth leaves. Brier (lower is better) and AUROC are those of predictor.py; `bias` is the
-mean of prediction − truth. "head, fresh" is a second head that learns from fresh leaves only.
+mean of prediction − truth. "head, fresh" is a second head that learns from fresh leaves only;
+"head, repeats" is the head's prediction, but the outcome of the bare rollout as often as a
+continuation repeats it (--repeats).
 
 `closed` is (J − J_constant) / (J_truth − J_constant): J is what the exact allocation by a
 predictor is worth (mixed_prob at roots, flip_prob at prefixes) under the half that "truth" does
@@ -28,7 +30,7 @@ from rollout import grow, prefill
 from runs import Parser, State, UsageError, read_config
 from tables import write_rows
 from trace_mini import Config, train_step
-from tree import prefixes
+from tree import prefixes, repeat_probs
 
 BARE = 3       # bare rollouts per prompt whose prefixes are scored, near what stage 1 deals
 PER_ROOT = 2   # M / pool size in J, near what the default budget buys
@@ -52,15 +54,17 @@ def draw_sample(policy, data, predictors, key, num_anchors, num_continuations):
     roots = [policy.root(question, data.eval_env) for question in data.eval[:num_anchors // 2]]
     prefill(policy, roots)
     grow(policy, data.eval_env, roots, [BARE] * len(roots), key)
-    rows = [(root, i, 0) for i, root in enumerate(roots)]
+    rows = [(root, i, 0, 0.0) for i, root in enumerate(roots)]
     for i, root in enumerate(roots):
         if len(rows) < num_anchors:
-            rows += [(node, i, reward) for node, reward in prefixes(root)]
-    anchors, owner, outcome = zip(*rows)
+            rows += [(node, i, reward, repeat) for (node, reward), repeat in zip(
+                prefixes(root), repeat_probs(root))]
+    anchors, owner, outcome, repeat = zip(*rows)
     truth = np.stack([monte_carlo_value(policy, data.eval_env, anchors, num_continuations // 2,
                                         (*key, half)) for half in "ab"])
     guesses = {name: np.stack([predictor.predict(features(anchors))] * 2)
                for name, predictor in predictors.items()}
+    guesses["head, repeats"] = guesses["head"] + np.array(repeat) * (outcome - guesses["head"])
     return Sample(np.array([a.depth for a in anchors]),
                   np.array([a.state.question.num_hops for a in anchors]), np.array(owner),
                   np.array(outcome, int), truth, {"truth": truth[::-1], **guesses})

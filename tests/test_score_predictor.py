@@ -83,7 +83,8 @@ def test_the_command(finished, tmp_path, capsys, monkeypatch):
         assert sample.depth[:6].tolist() == [0] * 6 and (sample.depth[6:] > 0).all()
         assert sample.truth.shape == sample.guesses["head"].shape == (2, len(sample.depth))
     rows = list(csv.DictReader(open(tmp_path / "results" / "predictor.csv")))
-    names = {"truth", "head", "head, fresh", "beta", "logistic", "counts", "constant"}
+    names = {"truth", "head", "head, fresh", "head, repeats", "beta", "logistic", "counts",
+             "constant"}
     for group in ("roots", "prefixes"):
         assert {(row["step"], row["predictor"]) for row in rows if row["group"] == group} == {
             (step, name) for step in "12" for name in names}
