@@ -278,7 +278,8 @@ def gather(preset, runs, trial=False):
     trial (--dev, --flags) reads and writes below runs/ alone: no row of it is ever reported."""
     file = RUNS / f"{preset}-trial.csv" if trial else RESULTS / f"{preset}.csv"
     rows, valid = read_rows(file), {run.made_with for run in runs}
-    others = [] if trial else [row for name in PRESETS for row in read_rows(RESULTS / f"{name}.csv")]
+    others = [] if trial else [
+        row for name in PRESETS for row in read_rows(RESULTS / f"{name}.csv")]
     return file, rows, finished(runs, others + rows), sorted({
         row["arm"] for row in rows if row["made_with"] not in valid})
 

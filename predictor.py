@@ -236,7 +236,7 @@ def predict(predictor, anchors):
 def concentrations(predictor, anchors, default):
     """Pseudo-counts [n] behind the predictions: the predictor's own where it tells them."""
     if anchors and hasattr(predictor, "concentration"):
-        return np.nan_to_num(predictor.concentration(features(anchors)), nan=default)
+        return np.nan_to_num(predictor.concentration(features(anchors)), nan=2.0)
     return np.full(len(anchors), default)
 
 
