@@ -262,7 +262,7 @@ def read_config(Config, folder, **changed):
     try:
         dials = {**json.loads(file.read_text()), **changed}
         for dial in dataclasses.fields(Config):
-            value = dials.get(dial.name, dial.default)
+            value = dials.get(dial.name, dial.type())
             if type(value) not in (dial.type, int if dial.type is float else dial.type):
                 raise TypeError(f"{dial.name} is {value!r}")
         return Config(**dials)
