@@ -419,7 +419,7 @@ def test_a_single_episode_out_of_memory_is_one_line(tiny, monkeypatch, tmp_path,
     monkeypatch.setattr(policy, "forward", failing)
     with pytest.raises(torch.cuda.OutOfMemoryError), pytest.warns(UserWarning, match="halving"):
         played(policy, data)
-    monkeypatch.setattr(trace_mini, "grow", failing)
+    monkeypatch.setattr("questions.grow", failing)
     assert_refused(main, ["--out", str(tmp_path), "--articles", "100", "--eval-questions", "1"],
                    "--micro-batch-tokens", capsys)
 
