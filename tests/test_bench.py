@@ -28,7 +28,7 @@ SMALL = {  # part: (its rows with tiny settings, how many they are)
 
 
 @pytest.mark.parametrize("part", [pytest.param(part, marks=pytest.mark.long if part in (
-    "growth", "step") else ()) for part in bench.PARTS])
+    "engine", "growth", "step") else ()) for part in bench.PARTS])
 def test_every_part_yields_rows(part, still, data, monkeypatch):
     """One repeat each. Rates and times are positive, a ratio lies within its spread."""
     monkeypatch.setattr(bench, "REPEATS", 1)

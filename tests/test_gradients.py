@@ -26,6 +26,7 @@ def test_measures_are_those_of_a_known_distribution():
         assert abs(estimate - value) < 5 * error + 0.02 and error < 0.1, name
 
 
+@pytest.mark.long
 def test_the_command_measures_and_changes_nothing(tmp_path, capsys):
     run, out = str(tmp_path / "run"), tmp_path / "gradients.csv"
     assert train(["--steps", "1", "--budget", "400", "--eval-questions", "4", "--articles", "300",

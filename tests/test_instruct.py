@@ -17,7 +17,6 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, GptOssConfig, Gran
                           LlamaConfig, PreTrainedTokenizerFast, Qwen2Config)
 
 import bench_gpu
-import trace_mini
 from conftest import assert_refused, fresh_policy
 from loading import QUIET, ModelError, compute_dtype
 from policy import free_bytes, load_policy
@@ -508,6 +507,7 @@ def test_memory_that_is_free_on_a_card(monkeypatch):
 
 
 # ---------------------------------------------------------------- bench_gpu.py
+@pytest.mark.long
 def test_gpu_bench_runs_through(tmp_path, capsys):
     """A case of the script, shrunk and on CPU; what is done is not run again; without a GPU the
     real ones say so."""

@@ -44,7 +44,8 @@ def usage(script):
                           capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [c if c.startswith("trace_mini.py") else pytest.param(
+    c, marks=pytest.mark.long) for c in COMMANDS])  # the others start a process each
 def test_every_command_parses(command):
     script, *flags = shlex.split(re.sub(r" S\b", " 1", command).replace(" mine", " trace"))
     if script == "trace_mini.py" and "--help" not in flags and "--resume" not in flags:

@@ -62,6 +62,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_the_command(finished, tmp_path, capsys, monkeypatch):
     """It repeats the run to the number, and scores every predictor at every point."""
     spent, samples, step, draw = [], [], score_predictor.train_step, score_predictor.draw_sample

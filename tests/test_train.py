@@ -64,6 +64,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(finished, tmp_path):
     assert metrics(folder)[-1]["eval_em"] == metrics(finished)[-1]["eval_em"]
 
 
+@pytest.mark.long
 def test_show_tree_prints_a_tree_and_changes_nothing_else(finished, tmp_path, capsys):
     folder = tmp_path / "shown"
     assert main(["--steps", "1", "--show-every", "1", "--out", str(folder), *SMALL]) == 0
@@ -209,6 +210,7 @@ def test_a_pool_holds_all_that_the_budget_buys(quick):
     assert set(row["group_sizes"]) == {2} and row["leaves"] == 2 * len(trees) == 40  # of 1200 / 30
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PREDICTORS)
 def test_every_predictor_in_every_arm(name, quick):
     for method in ARMS:
@@ -260,6 +262,7 @@ def random_model(folder, hidden_size=64):
     return str(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["hotpotqa_sample.json", "2wikimultihopqa_sample.json",
                                   "musique_sample.jsonl"])
 def test_real_questions(name, shared_data, tmp_path):

@@ -191,6 +191,7 @@ def pressed(monkeypatch, step, times):
     monkeypatch.setattr(trace_mini, "train_step", with_signal)
 
 
+@pytest.mark.long
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(done, tmp_path, monkeypatch, capsys,
                                                         interrupt):
     folder = tmp_path / "run"
@@ -247,6 +248,7 @@ def strict(folder):
     return [json.loads(line, parse_constant=refuse) for line in open(folder / "metrics.jsonl")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, name", [("loss", "update"), ("predictor", "predictor"),
                                         pytest.param("gradient", "update", marks=pytest.mark.long)])
 def test_bad_numbers_are_skipped_counted_shown_and_stop_a_run(kind, name, tmp_path, monkeypatch,
