@@ -237,7 +237,8 @@ def trace_prefixes(prefixes, budget, rng):
     """Stage 2, exact given the floor, which is spread evenly. Cost-aware: largest gains
     per token, to within half a continuation of budget * mean cost tokens. With a
     concentration c, q ~ Beta(c q, c (1-q)): gains still fall, so greedy stays exact.
-    Where a continuation repeats the bare rollout it cannot flip its outcome."""
+    With `repeat`, v is read as the odds of a continuation that does not repeat the bare
+    rollout; one that does flips nothing."""
     n = len(prefixes.v)
     c = np.broadcast_to(prefixes.concentration, n)
     units = round(prefixes.floor * budget)

@@ -75,7 +75,7 @@ def plain_react(policy, env, questions):
             more = [] if episodes[r].done else observation_ids(policy, episodes[r], text)[0]
             paths[r] += turn + more
             masks[r] += [1] * len(turn) + [0] * len(more)
-            if more and len(paths[r]) + 64 < policy.context:
+            if more and len(paths[r]) + policy.config.turn_tokens <= policy.context:
                 going_on.append(r)
         live = going_on
     policy.plain = plain

@@ -50,9 +50,9 @@ def draw_curve(folder):
 
 
 def draw_arms(rows, file, y="eval_em", ylabel="held-out exact match"):
-    """Write the mean of `y` per arm over its seeds, and from three seeds on a 95 % t-interval; ->
-    Path. A row: {arm,
-    seed, sampled_tokens, y}, where y is a share, 0 to 1; rows without y are passed over."""
+    """Write the mean of `y` per arm over its seeds, from three seeds on with a 95 % t interval;
+    -> Path. A row: {arm, seed, sampled_tokens, y}, where y is a share, 0 to 1; rows without y
+    are passed over."""
     points = {}  # {arm: {seed: [(tokens, y)]}}
     for row in (row for row in rows if row.get(y) is not None):
         seeds = points.setdefault(row["arm"], {})

@@ -38,7 +38,7 @@ def features(anchors):
 
 
 class HeadPredictor:
-    """One linear layer on hidden states and plain features; MSE as in the paper. It learns from
+    """LayerNorm and one linear layer on all features; MSE as in the paper. It learns from
     the last `memory` anchors together: one step shows it few prompts. (A hidden layer learnt no
     more, and later; without the prompt's own hidden state prefixes were predicted worse.)"""
     num_outputs = 1
@@ -184,7 +184,7 @@ class ConstantPredictor:
 
 
 class OraclePredictor:
-    """A diagnostic: V by Monte Carlo. Its samples are not charged to the budget."""
+    """A diagnostic: V by Monte Carlo, from `num` rollouts per anchor, which no budget pays."""
 
     def __init__(self, policy, env, seed=0, num=16):
         self.policy, self.env, self.seed, self.num, self.calls = policy, env, seed, num, 0

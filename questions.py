@@ -35,7 +35,7 @@ def load_data(config):
             raise UsageError(f"--eval-questions, --articles: {error}") from None
     questions, wiki = load_questions(config.data)
     env = eval_env = ReActEnv(wiki, config.max_turns)
-    if config.eval_only:
+    if config.eval_only and (config.out or not config.resume):  # a file named for it
         return Data(env, [], env, questions)
     if config.eval_data:
         held_out, eval_wiki = load_questions(config.eval_data)

@@ -17,6 +17,8 @@ from transformers import Cache
 from react_env import action_end, observation_text, split_completion
 from tree import Node, leaves, nodes, path, path_ids
 
+MOST_TOKENS = 4096  # of a turn: more would repeat the random numbers of the next one
+
 
 class RaggedCache(Cache):
     """Keys and values of R paths of different lengths, each contiguous from column 0.
@@ -307,7 +309,7 @@ def sample_turn(policy, cache, row_nodes, live, hidden, keys, temperature):
     depths = np.array([n.depth for n in row_nodes])
     turns = [([], []) for _ in row_nodes]
     for t in range(policy.config.turn_tokens):
-        uniforms = keyed_uniforms(keys[live], depths[live] * 4096 + t)
+        uniforms = keyed_uniforms(keys[live], depths[live] * MOST_TOKENS + t)
         drawn = draw(policy.logits(hidden), torch.tensor(uniforms, device=policy.device),
                      temperature, policy.config.top_p)
         ids, going_on = [[]] * len(row_nodes), []

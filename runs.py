@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -219,6 +220,22 @@ class Clock(dict):
         self[name] += time.perf_counter() - start
 
 
+@contextmanager
+def ctrl_c():
+    """-> list that the first Ctrl-C puts something into; the second one stops at once."""
+    stopped = []
+
+    def note(*_):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("Ctrl-C: finishing this step; once more stops at once")
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # ---------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -228,8 +245,7 @@ class Parser(argparse.ArgumentParser):
 def parse_config(Config, description, arguments):
     """-> Config. `--resume DIR` takes the configuration of the run; only --steps and the memory
     dials may change. With --eval-only it may score another file, into another folder."""
-    parser = Parser(description=description.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description.split("\n")[0], allow_abbrev=False)
     for dial in dataclasses.fields(Config):
         flag, extra = "--" + dial.name.replace("_", "-"), dict(dial.metadata)
         if dial.name == "four_bit":
@@ -249,8 +265,9 @@ def parse_config(Config, description, arguments):
         raise UsageError("--resume goes on with the run's own configuration; beside it stand only "
                          "--steps, the memory dials and --eval-only with --data and --out, not "
                          f"--{other[0].replace('_', '-')}")
-    if "data" in given and "out" not in given:
-        raise UsageError("--resume --eval-only --data: name a folder for the scores with --out")
+    if ("data" in given) != ("out" in given):
+        raise UsageError("--resume --eval-only: --data names another file, and --out a folder for "
+                         "its scores; neither goes alone")
     if "eval_only" in given:
         given = {"out": "", **given} | ({"eval_data": ""} if "data" in given else {})
     return read_config(Config, given["resume"], **given)
@@ -295,7 +312,8 @@ def describe(row):
 
 def transcript(policy, path):
     """One episode as text: what the policy wrote and what it was shown."""
-    text = "".join(policy.text(node.ids) for node in path)
+    prompt, *turns = (policy.text(node.ids) for node in path)
     question = path[-1].state.question
+    text = prompt[prompt.rindex("Question: "):] + "".join(turns)  # without the examples
     return (f"--- a sampled episode (reward {path[-1].reward:.0f}, answer: "
-            f"{' / '.join(question.answers)})\n{text[text.rindex('Question: '):]}\n---")
+            f"{' / '.join(question.answers)})\n{text}\n---")

@@ -50,7 +50,8 @@ class Sample(NamedTuple):
 
 
 def draw_sample(policy, data, predictors, key, num_anchors, num_continuations):
-    """Half of the anchors are roots; prefixes fill the rest, prompt by prompt."""
+    """Half of the anchors are roots; prefixes fill the rest, prompt by prompt, since stage 2 needs
+    all of a prompt: those of some 30 prompts, so the regret at prefixes is noisy."""
     roots = [policy.root(question, data.eval_env) for question in data.eval[:num_anchors // 2]]
     prefill(policy, roots)
     grow(policy, data.eval_env, roots, [BARE] * len(roots), key)

@@ -5,8 +5,8 @@ TRACE decides where in a forest of agent rollouts the next sample is worth most.
 the paper, or left open by it and chosen here:
 
  1. One process and one GPU (or two CPU cores); sampling and update take turns.
- 2. The predictor is one linear layer on the policy's own hidden states at the prompt and at the
-    anchor (paper: not public).
+ 2. The predictor is a normalisation and one linear layer on the policy's own hidden states at the
+    prompt and at the anchor, and three plain numbers (paper: not public).
  3. The tree-aware advantage is one of five by name (paper: not public). By default a turn y
     gets (V̂(y) − V̂(root)) / std: GRPO's advantage, averaged over the leaves below the turn.
     A turn that several rollouts share is trained once.
@@ -18,7 +18,6 @@ the paper, or left open by it and chosen here:
  8. A generated toy Wikipedia and a policy of 1.2 M parameters stand in for the paper's multi-hop
     questions and models of 8 and 14 B; real files and models are a flag away.
 """
-import signal
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -37,10 +36,10 @@ from policy import ModelError, load_policy
 from predictor import PREDICTORS, concentrations, predict, score_and_update
 from questions import draw_pool, evaluate, load_data
 from react_env import DataError, write_predictions
-from rollout import forget_caches, grow, prefill
-from runs import (MOST_BAD, Clock, Lines, NotFinite, State, UsageError, describe, fresh_folder,
-                  load_checkpoint, own_dials, parse_config, save_checkpoint, say, start_folder,
-                  transcript, trim_memory, write_json)
+from rollout import MOST_TOKENS, forget_caches, grow, prefill
+from runs import (MOST_BAD, Clock, Lines, NotFinite, State, UsageError, ctrl_c, describe,
+                  fresh_folder, load_checkpoint, own_dials, parse_config, save_checkpoint, say,
+                  start_folder, transcript, trim_memory, write_json)
 from tree import (ADVANTAGES, TARGETS, advantages, backup, has_contrast, leaves, nodes, path,
                   prefixes, repeat_probs, sampled_tokens)
 
@@ -93,11 +92,13 @@ class Config:
     seed: int = option(0, "seed of everything that is random")
     out: str = option("", "run folder (default: runs/METHOD-DATA-sSEED, numbered if it exists)")
     resume: str = option("", "run folder to continue")
-    eval_only: bool = option(False, "score the whole file, train nothing")
+    eval_only: bool = option(False, "train nothing, score the whole --data file; of a resumed run "
+                            "without one, the questions that it held out")
     four_bit: bool = option(True, "load the base weights in 16 or 32 bits, without bitsandbytes")
     budget: int = option(8000, "tokens sampled per step (thoughts and actions)")
     num_continuations: int = option(2, "N: continuations per bare rollout")
-    pool_size: int = option(32, "candidate prompts per step of the arms that choose among them")
+    pool_size: int = option(32, "candidate prompts per step (but pcl and mopps draw four, uniform "
+                            "one, for every group they can pay)")
     group_size: int = option(8, "leaves per prompt, about, of the arms with equal groups")
     cap: int = option(16, "most bare rollouts of one prompt")
     root_rule: str = option("", f"stage 1: {', '.join(ROOT_RULES)} (default: the arm's own)")
@@ -154,13 +155,11 @@ class Config:
         if self.learning_rate is None:
             self.learning_rate = 1.2e-3 if self.bare_prompt else 1e-4
         for name, low in LOWEST.items():
-            high = 1 if name in ("floor", "top_p") else 1e12
+            high = {"floor": 1, "top_p": 1, "turn_tokens": MOST_TOKENS}.get(name, 1e12)
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"--{name.replace('_', '-')} must be from {low} to {high:g}, "
                                  f"got {getattr(self, name)}")
-        if self.resume and self.eval_only:  # what the run was evaluated on
-            self.data, self.eval_data = self.eval_data or self.data, ""
-        if self.eval_data and (self.data == "toy" or self.eval_only):
+        if self.eval_data and (self.data == "toy" or self.eval_only and not self.resume):
             raise UsageError("--eval-data goes with training on a --data file; without one, or "
                              "with --eval-only, name the file as --data")
         sizes = (40, 160, 768) if self.bare_prompt else (128, 256, 4096)
@@ -260,8 +259,9 @@ def train_step(config, state, policy, predictor, data):
 
 
 # ---------------------------------------------------------------- a run and its folder
-def train(config, policy, data, folder):
-    """Train in a run folder, from the start or (--resume) from its newest checkpoint on."""
+def train(config, policy, data, folder, stopped=()):
+    """Train in a run folder, from the start or (--resume) from its newest checkpoint on, to the
+    last step or until there is something in `stopped`."""
     predictor = PREDICTORS[config.predictor](policy=policy, env=data.env, seed=config.seed)
     state = State()
     if config.resume:
@@ -299,10 +299,6 @@ def train(config, policy, data, folder):
         save()
         state.first_cost(score()["tokens"], config.num_continuations)
         save()
-    stopped = []
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(True) or say(
-        "Ctrl-C: finishing this step; once more stops at once") or signal.signal(
-            signal.SIGINT, signal.default_int_handler))
     for _ in tqdm(range(state.step, config.steps), initial=state.step, total=config.steps,
                   desc=config.method, unit="step"):
         trees, row = train_step(config, state, policy, predictor, data)
@@ -363,7 +359,8 @@ def run(config):
         say(policy.notice)
     if config.eval_only:
         return eval_only(config, policy, data, folder)
-    train(config, policy, data, folder)
+    with ctrl_c() as stopped:
+        train(config, policy, data, folder, stopped)
 
 
 def main(arguments=None):

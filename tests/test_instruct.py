@@ -306,6 +306,15 @@ def test_eval_only_before_and_after_training(folders, tmp_path, capsys):
     scored(["--resume", str(run), "--eval-only"], run, "Bo")  # what it was evaluated on
     scored(["--resume", str(run), "--eval-only", "--data", some, "--out", str(after)], after, "Ada")
     assert json.loads((after / "config.json").read_text())["resume"] == str(run)
+
+    split = tmp_path / "split"  # without a file of its own: the fifth that was held out, no more
+    assert main([*model, "--data", write_questions(tmp_path / "all.json", "Cy", 30), "--steps", "1",
+                 "--budget", "20", "--pool-size", "2", "--out", str(split)]) == 0
+    held_out = json.loads((split / "predictions.json").read_text())["answer"]
+    assert main(["--resume", str(split), "--eval-only"]) == 0
+    assert 0 < len(held_out) < 15
+    assert json.loads((split / "predictions.json").read_text())["answer"].keys() == held_out.keys()
+    capsys.readouterr()
     for arguments, word in ((["--eval-only", "--data", some], "--out"), (["--data", some], "data"),
                             (["--eval-only", "--eval-data", some], "eval-data"),
                             (["--eval-only", "--data", some, "--out", str(after)], "holds a run")):
