@@ -267,8 +267,7 @@ def score_transfer(folder, where):
     policy.load_state_dict(load_checkpoint(folder)["policy"])
     result = evaluate(policy, ReActEnv(world.wiki, config.max_turns), questions)
     del result["predictions"]
-    write_json(folder / f"transfer-{where}.json", result | {
-        "em_first": result["em"], "num_questions": len(questions)})
+    write_json(folder / f"transfer-{where}.json", result | {"num_questions": len(questions)})
     return 0
 
 

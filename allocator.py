@@ -14,7 +14,6 @@ import numpy as np
 
 TIE = 1e-11     # root values this close, relative to the largest, count as equal
 TINY = np.finfo(float).tiny     # gains below this count as 0: they stop shrinking
-BINS = 8        # cost-aware roots: cost is rounded up to the mean cost / BINS
 
 
 def check(name, ok, rule):
@@ -97,34 +96,32 @@ def expand_prefixes(v, r, budget, cap=None):
     return solve_prefixes(flip, lambda rows, j: 1 - flip[rows], budget, cap)
 
 
-def solve_roots(values, budget, weight=1):
-    """m [n] maximising sum_i values[i, m_i] subject to sum_i weight_i m_i <= budget.
+def solve_roots(values, budget):
+    """m [n] maximising sum_i values[i, m_i] subject to sum_i m_i <= budget.
 
-    values [n, cap+1]: any table with values[:, 0] = 0. weight: integers >= 1. Grouped
-    knapsack by dynamic programming: n * cap * budget steps, 8 n * budget bytes. Optimal
-    to TIE per prompt; among equals the last prompt gets the fewest, then the one before
-    it, and so on, so a lone rollout (value 0) is never given."""
+    values [n, cap+1]: any table with values[:, 0] = 0. Grouped knapsack by dynamic
+    programming: n * cap * budget steps, 8 n * budget bytes. Optimal to TIE per prompt;
+    among equals the last prompt gets the fewest, then the one before it, and so on, so a
+    lone rollout (value 0) is never given."""
     n, cap = len(values), values.shape[1] - 1
-    weight = np.broadcast_to(weight, n).tolist()
     free = values.argmax(axis=1)
-    if free @ np.array(weight, int) <= budget:
+    if free.sum() <= budget:
         return free
     best = np.zeros((n + 1, budget + 1))    # [i, b]: first i prompts, at most b spent
     trial = np.empty(budget + 1)
-    for old, new, row, step in zip(best, best[1:], values.tolist(), weight):
+    for old, new, row in zip(best, best[1:], values.tolist()):
         new[:] = old
-        for m in range(1, min(cap, budget // step) + 1):
-            s = m * step
-            np.add(old[:budget + 1 - s], row[m], out=trial[s:])
-            np.maximum(new[s:], trial[s:], out=new[s:])
+        for m in range(1, min(cap, budget) + 1):
+            np.add(old[:budget + 1 - m], row[m], out=trial[m:])
+            np.maximum(new[m:], trial[m:], out=new[m:])
     # Walk back. The tolerance keeps ties ties: 3+3 and 2+2+2 rollouts at one v are both
     # worth 6 v (1-v), yet their floating-point sums differ.
     m, left, tie = np.zeros(n, int), budget, TIE * values.max()
     for i in reversed(range(n)):
-        options = np.arange(min(cap, left // weight[i]) + 1)
-        totals = best[i, left - options * weight[i]] + values[i, options]
+        options = np.arange(min(cap, left) + 1)
+        totals = best[i, left - options] + values[i, options]
         m[i] = np.argmax(totals >= best[i + 1, left] - tie)     # the first = the fewest
-        left -= int(m[i]) * weight[i]
+        left -= int(m[i])
     return m
 
 
@@ -188,13 +185,13 @@ class Anchors:
     outcome: np.ndarray | None = None       # [n] r of the owning bare rollout: prefixes
     successes: np.ndarray | float = 0.0     # [n] decayed count at that prompt: roots
     failures: np.ndarray | float = 0.0      # [n] likewise
-    cost: np.ndarray | float = 1.0          # [n] expected sampled tokens of a rollout
+    cost: np.ndarray | float = 1.0          # [n] expected sampled tokens: prefixes
     repeat: np.ndarray | float = 0.0        # [n] chance to sample the bare rollout again: prefixes
     group_size: int = 8                     # m of the equal-m rules, at least 2
     cap: int = 16                           # largest m; continuations have no cap
     concentration: np.ndarray | float = 0.0     # [n] trace: pseudo-counts of v's Beta; 0 = off
     floor: float = 0.0                      # trace: share of budget spread uniformly
-    cost_aware: bool = False                # trace: budget in tokens, not in rollouts
+    cost_aware: bool = False                # trace prefixes: budget in tokens, not rollouts
 
     def __post_init__(self):
         check("floor", 0 <= self.floor <= 1, "in [0, 1]")
@@ -217,8 +214,7 @@ def equal_groups(pool, score, budget, size=None):
 
 
 def trace_roots(pool, budget, rng):
-    """Stage 1, exact given the floor: pairs (more if all have one) on random prompts.
-    Cost-aware: budget * mean cost tokens at most, costs rounded up to mean / BINS."""
+    """Stage 1, exact given the floor: pairs (more if all have one) on random prompts."""
     v, c, wins, losses = (np.reshape(x, (-1, 1)) for x in (
         pool.v, pool.concentration, pool.successes, pool.failures))
     m = np.arange(pool.cap + 1)
@@ -227,10 +223,7 @@ def trace_roots(pool, budget, rng):
     later = np.minimum(base[:, None] + m, pool.cap)     # base + 0, 1, .. more
     gains = (np.take_along_axis(values, later, axis=1)
              - np.take_along_axis(values, base[:, None], axis=1))
-    bins, cost = (BINS, pool.cost) if pool.cost_aware else (1, 1.0)
-    weight = bins * np.broadcast_to(cost, len(v)) / np.mean(cost)    # of one rollout
-    left = max(0, int(bins * budget - base @ weight + 1e-6))
-    return base + solve_roots(gains, left, np.ceil(weight - 1e-6).astype(int))
+    return base + solve_roots(gains, budget - base.sum())
 
 
 def trace_prefixes(prefixes, budget, rng):
@@ -273,10 +266,11 @@ ROOT_RULES = {      # name: (pool, budget, rng) -> m [n]
     "pcl": lambda p, budget, rng: equal_groups(p, np.abs(p.v - 0.5), budget),
     "mopps": lambda p, budget, rng: equal_groups(p, np.abs(
         rng.beta(1 + p.successes, 1 + p.failures, len(p.v)) - 0.5), budget),
-    # Exact optimum of mixed_prob * v (1-v)^2, which leans to hard prompts.
+    # Exact optimum of mixed_prob * v (1-v)^2, which leans to hard prompts: the value of
+    # Knapsack RL (Li et al. 2025).
     "knapsack": lambda p, budget, rng: solve_roots(mixed_prob(
         p.v[:, None], np.arange(p.cap + 1)) * (p.v * (1 - p.v)**2)[:, None], budget),
     "trace": trace_roots}
 PREFIX_RULES = {    # name: (prefixes of one prompt, budget, rng) -> k [n]
     "none": lambda p, budget, rng: np.zeros(len(p.v), int),
-    "uniform": random_prefixes, "random": random_prefixes, "trace": trace_prefixes}
+    "random": random_prefixes, "trace": trace_prefixes}

@@ -13,7 +13,7 @@ from questions import load_data
 from react_env import split_completion
 from rollout import ended, observation_ids
 from trace_mini import Config
-from tree import path, path_ids
+from tree import nodes, path, path_ids
 
 
 def plain_roots(v, budget, cap):
@@ -82,6 +82,11 @@ def plain_react(policy, env, questions):
     base.set_attn_implementation("packed")
     return [(ids, mask, float(episode.reward))
             for ids, mask, episode in zip(paths, masks, episodes)]
+
+
+def credits_of(roots):
+    """Every turn gets an advantage, by turns 1 and -1: as dear an update as there is."""
+    return [{n: 1.0 - 2 * (i % 2) for i, n in enumerate(nodes(root)[1:])} for root in roots]
 
 
 def by_paths(policy):

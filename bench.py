@@ -20,8 +20,8 @@ import torch
 
 import trace_mini
 from allocator import allocate_roots, expand_prefixes, flip_prob
-from alternatives import (by_paths, peak_megabytes, plain_prefixes, plain_react, plain_roots,
-                          trl_steps)
+from alternatives import (by_paths, credits_of, peak_megabytes, plain_prefixes, plain_react,
+                          plain_roots, trl_steps)
 from policy import load_policy
 from predictor import PREDICTORS
 from questions import load_data
@@ -129,11 +129,6 @@ def trees_with_shared(policy, env, questions, share):
     grow(policy, env, anchors, [5] * len(anchors), (0, 1))
     own = sum(len(n.ids) for root in roots for n in nodes(root))
     return roots, 1 - own / sum(leaf.length for root in roots for leaf in leaves(root))
-
-
-def credits_of(roots):
-    """Every turn gets an advantage, by turns 1 and -1: as dear an update as there is."""
-    return [{n: 1.0 - 2 * (i % 2) for i, n in enumerate(nodes(root)[1:])} for root in roots]
 
 
 def engine(policy, data, live=(64, 256), num_trees=16):

@@ -25,12 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from alternatives import credits_of
 from policy import ModelError, load_policy
 from questions import load_data
 from rollout import forget_caches, grow
 from runs import write_json
 from trace_mini import HERE, Config
-from tree import Node, leaves, nodes, path, sampled_tokens
+from tree import Node, leaves, path, sampled_tokens
 
 # hidden size, MLP size, layers, heads, key-value heads, words, one matrix for input and output?
 SHAPES = {"test": (64, 64, 2, 2, 1, 2048, True),
@@ -85,11 +86,6 @@ def seconds(work):
     return time.perf_counter() - start, result
 
 
-def credits(roots):
-    """Every turn gets an advantage, by turns 1 and -1: as dear an update as there is."""
-    return [{node: 1.0 - 2 * (i % 2) for i, node in enumerate(nodes(root)[1:])} for root in roots]
-
-
 def alone(leaf):
     """Root of a tree that holds the path of this leaf only: nothing is shared."""
     node = None
@@ -112,7 +108,7 @@ def measure(row, folder, seed=0):
     roots = [Node(rng.integers(1, 1024, room).astype(np.int32), 0, state) for _ in range(live)]
     grow(policy, data.env, roots, [1] * live, (seed, 0))
     row["stage"] = "updating on full paths"
-    policy.update(credits(roots[:2]))
+    policy.update(credits_of(roots[:2]))
     forget_caches(roots)
 
     row["stage"] = "sampling"  # all live episodes, two per prompt, and one from each's last turn
@@ -135,11 +131,11 @@ def measure(row, folder, seed=0):
     tokens = np.cumsum([sum(leaf.length for leaf in leaves(root)) for root in roots])
     roots = roots[:1 + int((tokens < UPDATE).sum())]
     scale = UPDATE / tokens[len(roots) - 1]
-    policy.update(credits(roots[:1]))  # the first kernels are slow
-    row["update_32k_s"] = seconds(lambda: policy.update(credits(roots)))[0] * scale
+    policy.update(credits_of(roots[:1]))  # the first kernels are slow
+    row["update_32k_s"] = seconds(lambda: policy.update(credits_of(roots)))[0] * scale
     if row["compare"]:
         paths = [alone(leaf) for root in roots for leaf in leaves(root)]
-        row["paths_32k_s"] = seconds(lambda: policy.update(credits(paths)))[0] * scale
+        row["paths_32k_s"] = seconds(lambda: policy.update(credits_of(paths)))[0] * scale
     row.update(stage="done", fits=True, context=policy.context, prompt_tokens=roots[0].length,
                planned_episodes=live, live_episodes=max(1, policy.cache_tokens // policy.context),
                cache_tokens=policy.cache_tokens, checkpointing=policy.checkpointing)
@@ -203,7 +199,7 @@ def key(row):
 
 
 def describe(row):
-    """A line of the README's table."""
+    """A line of the table of HEADER."""
     def number(name, digits=0):
         return f"{row[name]:,.{digits}f}" if row.get(name) is not None else "-"
     fits = "yes" if row["fits"] else f"no ({row['stage']})"

@@ -38,7 +38,7 @@ def draw_curve(folder):
     top, low = figure.subplots(2, 1, sharex=True, subplot_kw={"ylim": (-0.03, 1.03)})
     for axes, rows, name, style, colour, label in (
             (top, steps, "reward_mean", ".-", SKY, "training: mean reward of bare rollouts"),
-            (top, evals, "em", "--o", BLACK, "held-out exact match, greedy"),
+            (top, evals, "em_first", "--o", BLACK, "held-out exact match, greedy"),
             (low, steps, "effective_ratio", "-s", BLUE, "Effective Ratio, realised"),
             (low, steps, "predicted_effective_ratio", "--^", ORANGE, "Effective Ratio, predicted"),
             (low, steps, "predictor_auroc", ":x", BLACK, "predictor AUROC (0.5: chance)")):
@@ -157,10 +157,10 @@ LABELS = {"value": r"success $\hat V$: mean reward of the leaves below",
           "predicted": r"success $\tilde V$ as predicted (white: was not)"}
 
 
-def draw_tree(root, text_of, title="", estimate=""):
+def draw_tree(root, text_of, title="", estimate="", label=""):
     """A backed-up tree as a Figure: turns from left to right, a row per leaf; `text_of(node)` is
     what the policy wrote there. Node colour and number: `estimate`, "predicted" (Ṽ) or "value"
-    (V̂); by default Ṽ if the root has one. Line width: rollouts through a turn."""
+    (V̂), explained by `label`; by default Ṽ if the root has one. Line width: rollouts through."""
     estimate = estimate or ("value" if root.predicted is None else "predicted")
     at = _layout(root)
     width = max(max(x for x, _ in at.values()) + 0.25, 5.6)
@@ -180,7 +180,7 @@ def draw_tree(root, text_of, title="", estimate=""):
     bar = axes.inset_axes((0.2, top - 0.07, 1.4, 0.14), transform=axes.transData)
     figure.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), bar, orientation="horizontal",
                     ticks=(0, 0.5, 1), format="{x:g}").ax.tick_params(labelsize=8, length=2, pad=1)
-    axes.text(1.75, top, LABELS[estimate], fontsize=SIZE, va="center")
+    axes.text(1.75, top, label or LABELS[estimate], fontsize=SIZE, va="center")
     axes.text(0.15, top - 0.42, "✓ right   ✗ wrong   … no answer   ring: expanded prefix"
               "   line width: rollouts", fontsize=SIZE)
     return figure

@@ -6,7 +6,7 @@ advantage rule; all rules are measured on the very same trees:
 
     loss_share  loss tokens per sampled token
     snr         signal to noise of one batch: |E g|² / E|g − E g|²
-    agreement   cosine of the arm's mean gradient E g with the reference
+    agreement   cosine of the arm's mean gradient E g with the reference; nan without a signal
     cosine_1    expected cosine of one batch with the reference, near agreement · √(snr / (1 + snr))
     cosine_10   the same for the mean of ten batches, about what the optimiser's momentum sees
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from policy import ModelError, load_policy
 from predictor import PREDICTORS
 from questions import load_data
+from react_env import DataError
 from rollout import forget_caches, grow
 from runs import (Parser, State, UsageError, load_checkpoint, parse_config, read_config,
                   trim_memory)
@@ -94,10 +95,11 @@ def compare(gradients, halves):
 
     def scores(rows):
         own, pairs = products[np.ix_(rows, rows)], len(rows) * (len(rows) - 1)
-        square = max(1e-30, (own.sum() - own.trace()) / pairs)  # |E g|²
+        square = max(0.0, (own.sum() - own.trace()) / pairs)  # |E g|²
         noise = own.trace() / len(rows) - square
         gain = along[rows].mean() / trust
-        return np.array([square / noise, gain / square ** 0.5, gain / (square + noise) ** 0.5,
+        agreement = gain / square ** 0.5 if square else np.nan
+        return np.array([square / noise, agreement, gain / (square + noise) ** 0.5,
                          gain / (square + noise / 10) ** 0.5])
 
     without = np.array([scores(np.delete(np.arange(n), i)) for i in range(n)])
@@ -108,6 +110,11 @@ def compare(gradients, halves):
 
 def run(args):
     arms = args.arms.split("; ") if args.arms else list(ARMS)
+    if min(args.batches - 2, args.warm, args.prompts - 33) < 0:
+        raise UsageError("--batches must be at least 2, --warm 0 and --prompts 33: two "
+                         "batches of 32 check each other")
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        raise UsageError(f"--out {args.out}: no such folder")
     if unknown := set(arms) - set(ARMS):
         raise UsageError(f"--arms {min(unknown)}: choose from {'; '.join(ARMS)}")
     base = read_config(Config, args.run, final_eval_questions=args.prompts)
@@ -148,7 +155,7 @@ def main(arguments=None):
     parser.add_argument("--out", help="a CSV file")
     try:
         run(parser.parse_args(arguments))
-    except (UsageError, ModelError) as error:
+    except (UsageError, DataError, ModelError) as error:
         print(f"gradients.py: {error}", file=sys.stderr)
         return 2
     return 0

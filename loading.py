@@ -33,7 +33,7 @@ def load_model(config):
     """-> (model with LoRA adapters, tokenizer) of `config.model`."""
     import_bitsandbytes()
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     folder = find_files(config.model_path)
     if not any(file for kind in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(kind)):
         raise ModelError("no tokenizer in that folder")
@@ -46,8 +46,12 @@ def load_model(config):
     if config.four_bit:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                           bnb_4bit_compute_dtype=dtype)
+    shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for name, value in vars(shape).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(shape, name, 0.0)  # the update must see the network that sampled
     model, found = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantization, local_files_only=True,
+        folder, config=shape, dtype=dtype, quantization_config=quantization, local_files_only=True,
         use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         attn_implementation="packed", device_map={"": config.device})  # packing.py's
     if found["missing_keys"]:  # transformers would leave them random and say nothing

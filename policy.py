@@ -136,7 +136,7 @@ class Policy:
         bits), 0.3 GB of LoRA with its optimiser, 0.5 GB of CUDA itself; 6 GB remain. A token
         takes 2 x 28 layers x 2 heads x 128 numbers of 16 bits in the cache, 29 kB: 70,000 fit
         into 2 GB. The update of 4,096 tokens would keep 28 x 147 kB each, 17 GB. With gradient
-        checkpointing it is 28 x 3 kB, and one layer at a time: 1.2 GB, and 0.6 GB of logits."""
+        checkpointing it is 28 x 3 kB, and one layer at a time: 0.95 GB, and 0.6 GB of logits."""
         config, cache, kept = self.config, RaggedCache(), {}
         ids = np.zeros((1, 64), np.int64)
         with self.sampling():

@@ -5,8 +5,9 @@ and of the anchor, and three plain numbers; it learns online from the recursive 
 the steps' trees. It serves the allocator only and never enters the policy gradient. Nothing it
 sees is privileged: no answer, no gold title, no hop count, no kind of question.
 
-A predictor has `predict(features) -> probabilities [n]` and
-`update(features, targets, weights) -> loss`; `PREDICTORS` holds them by name.
+A predictor has `predict(features) -> probabilities [n]`, `update(features, targets, weights) ->
+loss`, and the state_dict of checkpoints; ConstantPredictor is the smallest. `PREDICTORS` holds
+them by name.
 """
 from typing import NamedTuple
 
@@ -124,7 +125,7 @@ class BetaPredictor(HeadPredictor):
 
 
 class LogisticPredictor(HeadPredictor):
-    """The baseline to beat: logistic regression on the three plain features."""
+    """The baseline to beat: a logistic curve over the three plain features, fitted as the head."""
 
     def make_network(self, policy):
         return torch.nn.Sequential(torch.nn.Linear(3, 1))

@@ -1,5 +1,5 @@
 """Questions to train on and to evaluate on, where they come from, and greedy evaluation."""
-from collections import defaultdict
+from collections import Counter, defaultdict
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -33,12 +33,12 @@ def load_data(config):
                         env, make_questions(world, num_eval, split="eval"))
         except ValueError as error:
             raise UsageError(f"--eval-questions, --articles: {error}") from None
-    questions, wiki = load_questions(config.data)
+    questions, wiki = load_unique(config.data)
     env = eval_env = ReActEnv(wiki, config.max_turns)
     if config.eval_only and (config.out or not config.resume):  # a file named for it
         return Data(env, [], env, questions)
     if config.eval_data:
-        held_out, eval_wiki = load_questions(config.eval_data)
+        held_out, eval_wiki = load_unique(config.eval_data)
         eval_env = ReActEnv(eval_wiki, config.max_turns)
     else:  # a fifth, by hash of the id
         held_out = [q for q in questions
@@ -48,6 +48,15 @@ def load_data(config):
     if not questions or not held_out:
         raise UsageError(f"--data {config.data}: too few questions to train and to evaluate on")
     return Data(env, questions, eval_env, held_out[:num_eval])
+
+
+def load_unique(file):
+    """load_questions, where no id may stand twice: visits, scores and predictions go by it."""
+    questions, wiki = load_questions(file)
+    id, num = Counter(q.id for q in questions).most_common(1)[0]
+    if num > 1:
+        raise UsageError(f"{file}: {num} questions have the id {id}")
+    return questions, wiki
 
 
 def draw_pool(questions, num, cursor, seed):
@@ -65,9 +74,10 @@ def draw_pool(questions, num, cursor, seed):
     return list(pool.values()), cursor
 
 
-def evaluate(policy, env, questions, progress=None):
-    """Greedy episodes -> {em, f1 (0 to 1), tokens (sampled, per episode), by_hops, by_kind,
-    by_trap (exact match of groups; toy questions name the traps they hold), predictions}."""
+def evaluate(policy, env, questions, progress=None, first=None):
+    """Greedy episodes -> {em, em_first (of the `first` questions), f1 (0 to 1), tokens (sampled,
+    per episode), by_hops, by_kind, by_trap (exact match of groups; toy questions name the traps
+    they hold), predictions}."""
     scores, predictions, tokens = {}, {}, 0
     size = max(1, policy.cache_tokens // policy.context)
     for i in range(0, len(questions), size):
@@ -89,6 +99,7 @@ def evaluate(policy, env, questions, progress=None):
         return {name: float(np.mean(values)) for name, values in sorted(groups.items())}
 
     return {"em": float(np.mean([s["em"] for s in scores.values()])),
+            "em_first": float(np.mean([scores[q.id]["em"] for q in questions[:first]])),
             "f1": float(np.mean([s["f1"] for s in scores.values()])),
             "tokens": tokens / len(questions), "by_hops": mean_by(lambda q: [q.num_hops]),
             "by_kind": mean_by(lambda q: [q.kind]),

@@ -158,26 +158,30 @@ def forget_caches(roots):
 
 def in_chunks(policy, jobs, roots, work):
     """All that `work(chunk)` returns, over chunks whose caches hold at most `cache_tokens`
-    columns. Out of GPU memory, the chunk starts again at half the size, all trees without their
-    caches: what is needed of them is computed again. One job that does not fit is an error."""
+    columns. Out of GPU memory, the chunk starts again, all trees without their caches: what is
+    needed of them is computed again. If that does not help, at half the size. One job that does
+    not fit is an error."""
     def split(jobs):
         size = max(1, policy.cache_tokens // policy.context)
         return [jobs[i:i + size] for i in range(0, len(jobs), size)]
-    pending, found = split(jobs), []
+    pending, found, failed = split(jobs), [], None
     while pending:
         try:
             found += work(pending[0])
             del pending[0]
             continue
         except torch.cuda.OutOfMemoryError:
-            if len(pending[0]) == 1:
+            if failed is pending[0] and len(failed) == 1:
                 raise
         # here, since the error held the frames, and they the tensors, of what did not fit
-        if policy.cache_tokens == policy.planned_tokens:
-            warnings.warn("out of GPU memory: halving the number of live episodes")
-        policy.cache_tokens = len(pending[0]) // 2 * policy.context
         forget_caches(roots)
         torch.cuda.empty_cache()
+        if failed is not pending[0]:
+            failed = pending[0]
+            continue
+        if policy.cache_tokens == policy.planned_tokens:
+            warnings.warn("out of GPU memory: halving the number of live episodes")
+        policy.cache_tokens = len(failed) // 2 * policy.context
         pending = split([job for chunk in pending for job in chunk])
     return found
 

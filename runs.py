@@ -46,7 +46,7 @@ class NotFinite(ArithmeticError):
 def fresh_folder(out, name):
     """A path for a new run: `out`, which must not hold one, or runs/`name`, numbered."""
     if out:
-        if (Path(out) / "config.json").exists():
+        if any((Path(out) / name).exists() for name in ("config.json", "metrics.jsonl")):
             raise UsageError(f"--out {out}: holds a run already; --resume {out} goes on with it")
         return Path(out)
     folder, number = Path("runs") / name, 1
@@ -56,10 +56,12 @@ def fresh_folder(out, name):
     return folder
 
 
-def start_folder(folder, config):
-    """Make the folder, with config.json in it."""
+def start_folder(folder, config, fresh):
+    """Make the folder, with config.json in it; a fresh one must not hold any."""
     try:
         (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        if fresh:
+            (folder / "config.json").touch(exist_ok=False)  # two runs may start together
         write_json(folder / "config.json", dataclasses.asdict(config)
                    | {"resume": config.resume if config.eval_only else ""})
     except OSError as error:
@@ -166,7 +168,7 @@ class State:
         """M: bare rollouts that the schedule buys now, at least 2. The schedule is `budget`
         tokens per step from the start, so what earlier steps overspent or left is carried."""
         left = budget * (self.step + 1) - self.sampled_tokens
-        return max(2, int(left * self.num_costed / max(1.0, self.tokens_costed)))
+        return max(2, int(left * self.num_costed / max(self.num_costed, self.tokens_costed)))
 
     def count_bare(self, roots):
         """Add these prompts' bare rollouts, before any continuation, to the decayed counts."""
@@ -315,5 +317,5 @@ def transcript(policy, path):
     prompt, *turns = (policy.text(node.ids) for node in path)
     question = path[-1].state.question
     text = prompt[prompt.rindex("Question: "):] + "".join(turns)  # without the examples
-    return (f"--- a sampled episode (reward {path[-1].reward:.0f}, answer: "
+    return (f"--- an episode (reward {path[-1].reward:.0f}, answer: "
             f"{' / '.join(question.answers)})\n{text}\n---")

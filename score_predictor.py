@@ -37,6 +37,7 @@ PER_ROOT = 2   # M / pool size in J, near what the default budget buys
 PER_BARE = 2   # N in J, the default
 SHUFFLES = 8   # J is a mean over random orders of the anchors: a constant has only ties
 BINS = 10      # of the reliability curve
+DRAWN = "truth", "head", "logistic", "head, repeats"  # in its picture
 
 
 class Sample(NamedTuple):
@@ -124,21 +125,22 @@ def reliability(sample):
 
 
 def draw_reliability(rows, file):
-    """A panel per depth, a line per predictor; on the diagonal, predictions come true."""
-    depths = sorted({row["depth"] for row in rows})
-    num_rows = -(-len(depths) // 4)
-    figure = Picture(figsize=(11, 3.2 * num_rows), layout="constrained")
-    panels = figure.subplots(num_rows, 4, squeeze=False).flatten()
-    for depth, axes in zip(depths, panels):
-        axes.plot([0, 1], [0, 1], ":", color="lightgray")
-        axes.set(title=f"depth {depth}", xlabel="predicted", ylabel="true success")
-        for i, name in enumerate(dict.fromkeys(row["predictor"] for row in rows)):
+    """A panel for each of the first depths; on the diagonal, predictions come true. Bins of a few
+    anchors are left out: their mean truth is noise."""
+    figure, rows = Picture(figsize=(6.4, 6.6), layout="constrained"), [
+        row for row in rows if row["predictor"] in DRAWN and row["anchors"] >= 5]
+    for depth, axes in enumerate(figure.subplots(2, 2, sharex=True, sharey=True).flatten()):
+        axes.plot([0, 1], [0, 1], color="lightgray", lw=4)
+        axes.set(title=f"depth {depth}" if depth else "depth 0: roots")
+        for i, name in enumerate(DRAWN):
             curve = [(row["predicted"], row["true"]) for row in rows
                      if (row["depth"], row["predictor"]) == (depth, name)]
-            axes.plot(*zip(*curve), STYLES[i], color=COLOURS[i], ms=4, lw=1, label=name)
-    panels[0].legend(frameon=False)
-    for axes in panels[len(depths):]:
-        axes.axis("off")
+            x, y = zip(*curve) if curve else ((), ())
+            axes.plot(x, y, STYLES[i], color=COLOURS[i], ms=5, lw=1, label=name)
+    figure.supxlabel("predicted success")
+    figure.supylabel("true success")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  frameon=False)
     return figure.write(file)
 
 
@@ -151,10 +153,13 @@ def draw_course(rows, file):
         for i, name in enumerate(dict.fromkeys(row["predictor"] for row in rows)):
             curve = [(row["step"], row[measure]) for row in rows
                      if (row["group"], row["predictor"]) == (group, name)]
-            axes.plot(*zip(*curve), STYLES[i], color=COLOURS[i], ms=5, lw=1, label=name)
-        axes.set(title=group, xlabel="step", ylabel={"auroc": "AUROC"}.get(measure, measure))
+            if name != "head, repeats" or group == "prefixes":  # at roots it is the head's
+                axes.plot(*zip(*curve), STYLES[i], color=COLOURS[i], ms=5, lw=1, label=name)
+        axes.set(title=group if measure == "auroc" else "",
+                 xlabel="step" if measure == "closed" else "",
+                 ylabel={"auroc": "AUROC", "closed": "share of the regret closed"}[measure])
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center",
+    figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside upper center",
                   ncols=4, frameon=False)
     return figure.write(file)
 

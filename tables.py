@@ -118,7 +118,7 @@ def table(preset, runs, done):
             percent([area(a) - area(b) for a, b in pairs], "+"),
             "–" if share is None else "never" if np.isnan(share) else f"{100 * share:.0f} %",
             f"{mean('effective_ratio', ours):.2f}" if equal else "–",
-            f"{np.mean([rows[-1]['minutes'] for rows in mine.values()]):.1f}" if mine else "–",
+            f"{np.median([rows[-1]['minutes'] for rows in mine.values()]):.1f}" if mine else "–",
             f"`python ablate.py --preset {preset} --arms {arm}`"))
     return lines
 
@@ -143,7 +143,7 @@ def report(preset, runs, done, markdown=False):
     parts = ["Nothing ran yet."] if not rows else [
         f"{' or '.join(tokens)} sampled tokens per run; exact match in %, greedy, on "
         f"{' or '.join(num)} held-out questions; ± is a 95 % t interval over seeds; minutes of "
-        f"training per run; {' and '.join(hardware)}"]
+        f"training per run (median); {' and '.join(hardware)}"]
     for lines in [table(preset, runs, done), groups_table(runs, done)][:2 if rows else 1]:
         if markdown:
             parts.append("\n".join("| " + " | ".join(line) + " |" for line in (

@@ -94,6 +94,7 @@ class Config:
     resume: str = option("", "run folder to continue")
     eval_only: bool = option(False, "train nothing, score the whole --data file; of a resumed run "
                             "without one, the questions that it held out")
+    # the text is that of --no-4bit
     four_bit: bool = option(True, "load the base weights in 16 or 32 bits, without bitsandbytes")
     budget: int = option(8000, "tokens sampled per step (thoughts and actions)")
     num_continuations: int = option(2, "N: continuations per bare rollout")
@@ -104,9 +105,10 @@ class Config:
     root_rule: str = option("", f"stage 1: {', '.join(ROOT_RULES)} (default: the arm's own)")
     prefix_rule: str = option("", f"stage 2: {', '.join(PREFIX_RULES)} (default: the arm's own)")
     concentration: float = option(0.0, "trace rules: pseudo-count of a Beta posterior around the "
-                                  "predictions (0: they are taken as certain)")
+                                  "predictions, to which a prompt's own counts are added (0: they "
+                                  "are taken as certain; the predictor beta has its own)")
     floor: float = option(0.0, "trace rules: share of the rollouts that is spread uniformly")
-    cost_aware: bool = option(False, "trace rules: gain per expected token, not per rollout")
+    cost_aware: bool = option(False, "trace prefixes: gain per expected token, not per rollout")
     repeats: bool = option(False, "trace prefixes: a continuation that repeats its bare rollout "
                            "flips nothing; how often it does, log-probs tell")
     advantage: str = option("", f"tree credit: {', '.join(ADVANTAGES)} (default: the arm's own)")
@@ -133,8 +135,8 @@ class Config:
                                           "far less memory (by itself where they would not fit)")
     logit_chunk: int = option(2 ** 25, "logits held at once in the update")
     eval_questions: int = option(500, "held-out questions per evaluation")
-    final_eval_questions: int = option(0, "held-out questions after the last step; the others "
-                                       "are scored on the first of them (0: --eval-questions)")
+    final_eval_questions: int = option(0, "held-out questions after the last step, where more "
+                                       "than --eval-questions, which are the first of them")
     eval_every: int = option(0, "steps between evaluations (0: before and after only)")
     checkpoint_every: int = option(10, "steps between checkpoints")
     articles: int = option(1000, "size of the toy wiki")
@@ -193,11 +195,11 @@ def train_step(config, state, policy, predictor, data):
     with clock("allocate"):
         seen = np.array([state.visits.get(root.state.question.id, (0.0, 0.0)) for root in pool])
         m = ROOT_RULES[config.root_rule](Anchors(
-            v, successes=seen[:, 0], failures=seen[:, 1], concentration=sure,
-            cost=state.expected_tokens(pool), **dials), num_bare, rng)
+            v, successes=seen[:, 0], failures=seen[:, 1], concentration=sure, **dials),
+            num_bare, rng)
     forget_caches([root for root, count in zip(pool, m) if not count])
-    roots, v, sure, m = ([root for root, count in zip(pool, m) if count],
-                         v[m > 0], sure[m > 0], m[m > 0])
+    roots, v, sure, seen, m = ([root for root, count in zip(pool, m) if count],
+                               v[m > 0], sure[m > 0], seen[m > 0], m[m > 0])
 
     # 3. Bare rollouts.
     with clock("sample"):
@@ -241,7 +243,11 @@ def train_step(config, state, policy, predictor, data):
         credits = [advantages(root, config.advantage) for root in roots]
         updated = policy.update([credit for credit in credits if credit])
 
-    state.advance(len(bare), sum(map(sampled_tokens, roots)))
+    tokens = sum(map(sampled_tokens, roots))
+    if not tokens:
+        raise UsageError(f"step {state.step + 1}: no question left room for a turn; --context must "
+                         "be larger or --turn-tokens smaller, in a new run")
+    state.advance(len(bare), tokens)
     turns = [node for root in roots for node in nodes(root)[1:]]
     return roots, {
         "step": state.step, "method": config.method, "seed": config.seed,
@@ -249,7 +255,7 @@ def train_step(config, state, policy, predictor, data):
         "reward_mean": float(np.mean([leaf.reward for leaf in bare])),
         "effective_ratio": float(np.mean([has_contrast(root) for root in roots])),
         "predicted_effective_ratio": float(np.mean(predicted_mixed_prob(
-            v, np.array([root.num_leaves for root in roots]), sure))),
+            v, np.array([root.num_leaves for root in roots]), sure, *seen.T))),
         "active_prompts": len(roots), "group_sizes": dict(sorted(Counter(m.tolist()).items())),
         "leaves_per_prompt": (len(bare) + len(continuations)) / len(roots),
         "coverage": len(state.visits) / len(data.train), **scores, **updated,
@@ -259,13 +265,12 @@ def train_step(config, state, policy, predictor, data):
 
 
 # ---------------------------------------------------------------- a run and its folder
-def train(config, policy, data, folder, stopped=()):
-    """Train in a run folder, from the start or (--resume) from its newest checkpoint on, to the
-    last step or until there is something in `stopped`."""
+def train(config, policy, data, folder, saved=None, stopped=()):
+    """Train in a run folder, from the start or from a checkpoint on, to the last step or until
+    there is something in `stopped`."""
     predictor = PREDICTORS[config.predictor](policy=policy, env=data.env, seed=config.seed)
     state = State()
-    if config.resume:
-        saved = load_checkpoint(folder)
+    if saved:
         state = State(**saved["state"])
         policy.load_state_dict(saved["policy"])
         predictor.load_state_dict(saved["predictor"])
@@ -281,15 +286,13 @@ def train(config, policy, data, folder, stopped=()):
             "policy": policy.state_dict(), "predictor": predictor.state_dict()})
 
     def score(last=False):
-        first = data.eval[:config.eval_questions]
-        questions = data.eval if last and config.final_eval_questions else first
+        every = last and config.final_eval_questions
+        questions = data.eval if every else data.eval[:config.eval_questions]
         with tqdm(total=len(questions), desc="evaluate", unit="question", leave=False) as bar:
-            result = evaluate(policy, data.eval_env, questions, bar.update)
-        predictions = result.pop("predictions")
-        write_predictions(folder, questions, predictions)
-        em_first = float(np.mean([q.score(predictions[q.id])["em"] for q in first]))
+            result = evaluate(policy, data.eval_env, questions, bar.update, config.eval_questions)
+        write_predictions(folder, questions, result.pop("predictions"))
         evals.write({"step": state.step, "sampled_tokens": state.sampled_tokens,
-                     "num_questions": len(questions), "em_first": em_first, **result})
+                     "num_questions": len(questions), **result})
         say(f"held-out exact match {100 * result['em']:.1f} %, F1 {100 * result['f1']:.1f} % after "
             f"{state.sampled_tokens:,} sampled tokens; by hops " + ", ".join(
                 f"{hops}: {100 * em:.0f} %" for hops, em in result["by_hops"].items()))
@@ -311,17 +314,18 @@ def train(config, policy, data, folder, stopped=()):
         bad = row["update_skipped"] or row["predictor_skipped"]
         state.bad_steps = state.bad_steps + 1 if bad else 0
         last, broken = state.step == config.steps, state.bad_steps >= MOST_BAD
+        stop = bool(stopped)  # once: Ctrl-C may come at any moment
         if last or (config.eval_every and state.step % config.eval_every == 0):
             result = score(last)
             row.update(eval_em=result["em"], eval_f1=result["f1"])
         metrics.write(row)
-        if last or stopped or broken or state.step % config.checkpoint_every == 0:
+        if last or stop or broken or state.step % config.checkpoint_every == 0:
             save()
         if broken:
             raise NotFinite(f"{folder}: saved and stopped after step {state.step}: in the last "
                             f"{state.bad_steps} steps a loss or gradient was not finite, and they "
                             "taught nothing; try a new run with a smaller --learning-rate")
-        if stopped and not last:
+        if stop and not last:
             return say(f"saved after step {state.step}; go on with: "
                        f"python trace_mini.py --resume {folder}")
     say(f"done: metrics.jsonl, curve.png, predictions and adapter/ are in {folder}")
@@ -347,11 +351,13 @@ def run(config):
     if not own:
         data = "toy" if config.data == "toy" else Path(config.data).stem
         folder = fresh_folder(config.out, f"{config.method}-{data}-s{config.seed}")
+    todo = "evaluation" if config.eval_only else (
+        f"{config.steps} steps of {config.budget:,} sampled tokens")
     say(f"{folder}: {config.method}, model {config.model}, data {config.data}, seed {config.seed}, "
-        f"on {config.device}; {config.steps} steps of {config.budget:,} sampled tokens")
+        f"on {config.device}; {todo}")
     data, policy = load_data(config), load_policy(config)
     if not config.eval_only or not own:
-        start_folder(folder, config)
+        start_folder(folder, config, fresh=not own)
     if config.eval_only and saved:
         policy.load_state_dict(saved["policy"])
     say(policy.memory_line())
@@ -360,7 +366,7 @@ def run(config):
     if config.eval_only:
         return eval_only(config, policy, data, folder)
     with ctrl_c() as stopped:
-        train(config, policy, data, folder, stopped)
+        train(config, policy, data, folder, saved, stopped)
 
 
 def main(arguments=None):

@@ -92,7 +92,8 @@ def repeat_probs(root):
 
 
 def sampled_tokens(root):
-    """Tokens that the policy sampled for this tree: the unit of cost."""
+    """Tokens that the policy sampled for this tree, the few that were cut behind an action left
+    out: the unit of cost."""
     return sum(node.num_sampled for node in nodes(root))
 
 

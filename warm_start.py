@@ -13,6 +13,7 @@ evaluation happen on articles that the policy has not seen. Muon needs torch 2.9
 import itertools
 import random
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -224,6 +225,8 @@ def fit(model, stream, num_steps, rate, name, nf4=False):
 def build_tiny(seed=0):
     """Build the embedded policy and report its spread: seed 0 makes tiny/, 1 tiny2/, and so on. The
     weights lie on the NF4 grid in half precision: loaded in 4 bits or in 16, they are the same."""
+    if not hasattr(torch.optim, "Muon"):
+        sys.exit(f"--build-tiny needs torch 2.9 or newer, for Muon, not {torch.__version__}")
     torch.manual_seed(seed)
     first, tokenizer, model = 4 * seed, make_tokenizer(seed), make_model(seed)
     easy = itertools.islice(demonstrations(first + 1, never, max_hops=1), 150 * BATCH)

@@ -174,17 +174,17 @@ def test_root_ties_do_not_depend_on_rounding():
         assert allocate_roots(np.full(90, v), 90).tolist() == [3] * 30 + [0] * 60
 
 
-def test_root_solver_takes_any_table_and_weights():
+def test_root_solver_takes_any_table():
     rng = np.random.default_rng(1)
     for _ in range(60):
         values = rng.normal(size=(3, 5))
         values[:, 0] = 0
-        weight, budget = rng.integers(1, 4, 3), int(rng.integers(0, 25))
-        m = allocator.solve_roots(values, budget, weight)
+        budget = int(rng.integers(0, 14))
+        m = allocator.solve_roots(values, budget)
         everything = every_allocation(3, 4)
-        affordable = everything[everything @ weight <= budget]
+        affordable = everything[everything.sum(1) <= budget]
         best = values[np.arange(3), affordable].sum(axis=1).max()
-        assert m @ weight <= budget
+        assert m.sum() <= budget
         assert values[np.arange(3), m].sum() == pytest.approx(best, abs=1e-9)
 
 
@@ -284,7 +284,7 @@ def test_errors_name_the_argument(name, call):
 def pool_of(n, seed=0, **dials):
     rng = np.random.default_rng(seed)
     return Anchors(rng.random(n), successes=5 * rng.random(n),
-                   failures=5 * rng.random(n), cost=rng.uniform(20, 80, n), **dials)
+                   failures=5 * rng.random(n), **dials)
 
 
 def prefixes_of(n, seed=0, **dials):
@@ -443,13 +443,11 @@ def test_roots_are_optimal_given_their_floor():
 
 # ---- cost-aware ----------------------------------------------------------------------
 def test_equal_costs_change_nothing():
-    rng = np.random.default_rng(0)
-    for rules, anchors in ((ROOT_RULES, pool_of(9)), (PREFIX_RULES, prefixes_of(9))):
-        anchors = replace(anchors, cost=np.full(9, 37.3))
-        aware = replace(anchors, cost_aware=True)
-        for budget in (0, 1, 5, 20):
-            plain = rules["trace"](anchors, budget, rng)
-            assert (rules["trace"](aware, budget, rng) == plain).all()
+    rng, rule = np.random.default_rng(0), PREFIX_RULES["trace"]
+    plain = replace(prefixes_of(9), cost=np.full(9, 37.3))
+    for budget in (0, 1, 5, 20):
+        aware = rule(replace(plain, cost_aware=True), budget, rng)
+        assert (aware == rule(plain, budget, rng)).all()
 
 
 def test_cheap_prefixes_get_more():
@@ -460,16 +458,6 @@ def test_cheap_prefixes_get_more():
     # cheap, cheap, dear, cheap = 60 tokens; of the next, a dear one, half still fits.
     k = PREFIX_RULES["trace"](prefixes, 4, np.random.default_rng(0))
     assert k.tolist() == [2, 3]
-
-
-@pytest.mark.parametrize("floor", [0.0, 0.3])
-def test_cost_aware_roots_never_plan_more_tokens(floor):
-    for seed in range(30):
-        pool = pool_of(12, seed, cost_aware=True, floor=floor)
-        m = ROOT_RULES["trace"](pool, 40, np.random.default_rng(seed))
-        tokens = 40 * pool.cost.mean()
-        assert 0.8 * tokens <= m @ pool.cost <= tokens * (1 + 1e-6)
-        assert set(m.tolist()) <= {0, *range(2, 17)}
 
 
 def test_cost_aware_prefixes_are_optimal_for_the_tokens_they_spend():

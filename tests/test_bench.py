@@ -64,6 +64,7 @@ def test_plain_solvers_find_the_same_optimum():
         flip_prob(v, r, expand_prefixes(v, r, 20)).sum())
 
 
+@pytest.mark.long
 def test_plain_react_plays_the_same_game(still, data):
     """Mean reward and tokens of 60 episodes: each within five standard errors of the engine's
     (false alarm about 1e-6), and the model is left as it was."""

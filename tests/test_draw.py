@@ -64,7 +64,7 @@ def random_tree(num_bare, num_more, seed):
 def write_run(folder, num_steps, num_evals, auroc):
     rows = [{"sampled_tokens": 12000 * (i + 1), "reward_mean": 0.3, "effective_ratio": 0.5,
              "predicted_effective_ratio": 0.4, "predictor_auroc": auroc} for i in range(num_steps)]
-    evals = [{"step": i, "sampled_tokens": 12000 * i, "em": 0.3} for i in range(num_evals)]
+    evals = [{"step": i, "sampled_tokens": 12000 * i, "em_first": 0.3} for i in range(num_evals)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evals))
 

@@ -44,6 +44,8 @@ def test_the_command_measures_and_changes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["nowhere"], "nowhere"), (["nowhere", "--arms", "chance"], "chance")])
+    (["nowhere"], "nowhere"), (["nowhere", "--arms", "chance"], "chance"),
+    (["nowhere", "--batches", "1"], "--batches"),
+    (["nowhere", "--out", "no/where.csv"], "no/where")])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, word, capsys):
     assert_refused(main, arguments, word, capsys)

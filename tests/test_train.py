@@ -11,11 +11,11 @@ import trace_mini
 from allocator import PREFIX_RULES, ROOT_RULES
 from conftest import assert_refused, fresh_policy, metrics, timeless
 from predictor import PREDICTORS
-from runs import State, load_checkpoint
+from runs import State, UsageError, load_checkpoint, start_folder
 from trace_mini import ARMS, POOL, Config, draw_pool, load_data, main, train_step
 from tree import Node, leaves, sampled_tokens
 
-SMALL = ["--budget", "1200", "--eval-questions", "20", "--pool-size", "12", "--articles", "300",
+SMALL = ["--budget", "800", "--eval-questions", "10", "--pool-size", "12", "--articles", "100",
          "--checkpoint-every", "1"]
 METRICS = {"step", "method", "seed", "sampled_tokens", "leaves", "effective_ratio",
            "predicted_effective_ratio", "reward_mean", "loss", "grad_norm", "predictor_brier",
@@ -38,11 +38,11 @@ def test_run_folder(finished):
     assert json.loads((finished / "config.json").read_text())["method"] == "trace"
     assert (finished / "curve.png").stat().st_size > 1000
     predictions = json.loads((finished / "predictions.json").read_text())
-    assert set(predictions) == {"answer", "sp", "evidence"} and len(predictions["answer"]) == 20
+    assert set(predictions) == {"answer", "sp", "evidence"} and len(predictions["answer"]) == 10
     assert len(list((finished / "checkpoint").glob("*.pt"))) == 2
 
 
-def test_adapter_loads_with_peft_alone(finished, policy):
+def test_adapter_loads_with_peft_alone(finished):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     base = AutoModelForCausalLM.from_pretrained(str(trace_mini.HERE / "tiny"), dtype=torch.float32)
@@ -79,6 +79,13 @@ def test_show_tree_prints_a_tree_and_changes_nothing_else(finished, tmp_path, ca
     rows = [{k: v for k, v in timeless(metrics(f)[0]).items() if k not in skip}
             for f in (finished, folder, tmp_path / "tree")]
     assert rows[0] == rows[1] == rows[2]
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    start_folder(tmp_path / "run", Config(), fresh=True)
+    with pytest.raises(UsageError, match="run: File exists"):
+        start_folder(tmp_path / "run", Config(steps=1), fresh=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 40
 
 
 def test_resuming_a_finished_run_says_so(finished, capsys):
@@ -186,9 +193,10 @@ def test_flags_reach_the_allocator(stage, rules, quick, monkeypatch):
     for anchors in seen:
         assert all(np.all(getattr(anchors, name) == value) for name, value in dials.items())
         assert (anchors.outcome is None) == (stage == "root_rule")
-        assert anchors.cost.shape == anchors.v.shape and (anchors.cost >= 1).all()
-        assert stage == "root_rule" or (np.shape(anchors.repeat) == anchors.v.shape and
-                                        (0 < anchors.repeat).all() and (anchors.repeat < 1).all())
+        if stage == "prefix_rule":
+            assert anchors.cost.shape == anchors.repeat.shape == anchors.v.shape
+            assert (anchors.cost >= 1).all()
+            assert (0 < anchors.repeat).all() and (anchors.repeat < 1).all()
     assert max(max(row["group_sizes"]) for _, row in done) <= 5
 
 
@@ -208,6 +216,13 @@ def test_a_pool_holds_all_that_the_budget_buys(quick):
     """Guards against arms that fall behind the schedule: M rollouts need M / cap prompts."""
     _, [(trees, row)] = steps(quick, 1, method="root", pool_size=1, cap=2)
     assert set(row["group_sizes"]) == {2} and row["leaves"] == 2 * len(trees) == 40  # of 1200 / 30
+
+
+def test_a_step_without_a_token_is_an_error(quick, monkeypatch):
+    """Where prompts fill the context, rollouts cost nothing, and the budget would buy millions."""
+    monkeypatch.setattr(quick.policy, "context", 45)
+    with pytest.raises(UsageError, match="--context"):
+        steps(quick, 1)
 
 
 @pytest.mark.long
@@ -292,6 +307,9 @@ def test_eval_only_scores_the_whole_file(shared_data, tmp_path):
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, finished):
     (tmp_path / "shape.json").write_text('[{"foo": 1}]')
     (tmp_path / "empty.json").write_text("")
+    record = {"_id": "twice", "question": "?", "answer": "a", "type": "bridge", "context": [],
+              "supporting_facts": []}
+    (tmp_path / "ids.json").write_text(json.dumps([record, record]))
     model = tmp_path / "model"
     random_model(model)
     for file in model.glob("tokenizer*"):
@@ -309,12 +327,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, finished):
              (["--data", str(tmp_path / "none.json")], "none.json"),
              (["--data", str(tmp_path / "shape.json")], "shape.json"),
              (["--data", str(tmp_path / "empty.json")], "empty.json"),
+             (["--data", str(tmp_path / "ids.json")], "id twice"),
              (["--model", str(tmp_path / "nowhere")], "nowhere"),
              (["--model", str(model)], "tokenizer"),
              (["--model", random_model(tmp_path / "odd", hidden_size=96)], "--no-4bit"),
              (["--resume", str(tmp_path)], "config.json"),
              (["--out", str(finished)], "--resume")]
     for arguments, word in cases:
-        out = [] if {"--out", "--resume"} & set(arguments) else ["--out", str(tmp_path / "out")]
+        out = [] if {"--out", "--resume"} & set(arguments) else ["--out", str(tmp_path / "out"),
+                                                                 "--articles", "100"]
         assert_refused(main, [*arguments, *out], word, capsys)
     assert not (tmp_path / "out").exists(), "a run that cannot start leaves no folder"

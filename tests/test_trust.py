@@ -383,7 +383,7 @@ def test_bad_text_in_a_question_file(tmp_path):
     child = subprocess.run([sys.executable, "trace_mini.py", *map(str, flags)], cwd=HERE,
                            env=environment, capture_output=True, check=False)
     assert child.returncode == 0, child.stderr
-    assert b"a sampled episode" in child.stdout and len(strict(tmp_path / "run")) == 1
+    assert b"an episode" in child.stdout and len(strict(tmp_path / "run")) == 1
 
 
 # ---------------------------------------------------------------- bad model folders
