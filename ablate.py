@@ -199,6 +199,10 @@ def start(run, jobs, lock):
                  "OMP_WAIT_POLICY": "passive", "TQDM_MININTERVAL": "60"})
 
 
+def last_checkpoint(folder, steps):
+    return folder / "checkpoint" / f"step-{steps:06d}.pt"
+
+
 def log_file(run):
     return run.folder.parent / f"{run.arm}-s{run.seed}.log"
 
@@ -251,9 +255,9 @@ def score_transfer(folder, where):
     """Write FOLDER/transfer-WHERE.json: a trained policy on another wiki, or on longer chains."""
     if where not in ("wiki", "hops"):
         raise UsageError(f"--score {folder} {where}: choose wiki or hops")
-    if not list(folder.glob("checkpoint/*.pt")):
-        raise UsageError(f"{folder}: no trained run there; python ablate.py --preset main")
     config = parse_config(Config, "", ["--resume", str(folder)])
+    if not last_checkpoint(folder, config.steps).exists():
+        raise UsageError(f"{folder}: not trained to its last step")
     world = make_world(config.articles, OTHER_WIKI if where == "wiki" else config.wiki_seed)
     num = config.final_eval_questions or config.eval_questions
     longer = {"max_hops": MORE_HOPS, "kinds": ("bridge",)} if where == "hops" else {}
@@ -289,9 +293,9 @@ def run_preset(preset, arms, jobs, dev, flags, only_table):
         raise UsageError("--preset tuning goes with --dev: what tunes is not what is reported")
     if unknown := set(arms) - set(PRESETS[preset]):
         raise UsageError(f"--arms {min(unknown)}: choose from {', '.join(PRESETS[preset])}")
-    runs = plan(preset, dev, flags)
-    file, rows, done, stale = gather(preset, runs, trial=dev or bool(flags))
-    if stale:
+    runs, trial = plan(preset, dev, flags), dev or bool(flags)
+    file, rows, done, stale = gather(preset, runs, trial)
+    if stale and not trial:
         print(f"{file.name}: rows of {', '.join(stale)} were made with other weights, world or "
               "flags, and are left out", file=sys.stderr)
     if only_table:
@@ -299,8 +303,9 @@ def run_preset(preset, arms, jobs, dev, flags, only_table):
         return 0
 
     def keep(run, new):
-        nonlocal rows
-        rows = [row for row in rows if (row["arm"], row["seed"]) != (run.arm, run.seed)] + new
+        nonlocal rows  # a trial leaves those of others alone
+        rows = new + [row for row in rows if (row["arm"], row["seed"]) != (run.arm, run.seed)
+                      or trial and row["made_with"] != run.made_with]
         rows.sort(key=lambda row: (row["arm"], row["seed"], row["step"]))
         write_rows(file, rows)
         done.update(finished([run], new))
@@ -309,7 +314,11 @@ def run_preset(preset, arms, jobs, dev, flags, only_table):
                and (run.arm, run.seed) not in done]
     if no_model := sorted({run.arm for run in missing if not run.made_with}):
         print(f"not run, their model is not there: {', '.join(no_model)}", file=sys.stderr)
-    num_failed = run_grid([run for run in missing if run.made_with], jobs, keep)
+    missing = [run for run in missing if run.made_with]
+    first = {run.folder: run._replace(where="") for run in missing  # transfers need trained runs
+             if run.where and not last_checkpoint(run.folder, run.steps).exists()}
+    num_failed = run_grid([*first.values()], jobs, lambda *_: None) if first else 0
+    num_failed += run_grid(missing, jobs, keep)
     curves = [row for rows in done.values() if len(rows) > 1 for row in rows]
     if curves:
         draw_arms(curves, file.with_suffix(".png"), y="em_first")

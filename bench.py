@@ -27,7 +27,7 @@ from predictor import PREDICTORS
 from questions import load_data
 from react_env import load_questions
 from rollout import forget_caches, grow
-from runs import State, write_json
+from runs import State, trim_memory, write_json
 from toy_wiki import make_world
 from trace_mini import Config, train_step
 from tree import Node, leaves, nodes, path, path_ids, prefixes, sampled_tokens
@@ -120,15 +120,20 @@ def allocation(num_roots, num_prefixes):
 
 # ---------------------------------------------------------------- the engine
 def trees_with_shared(policy, env, questions, share):
-    """Trees in which about `share` of the tokens of all paths stand in a shared prefix."""
+    """Trees in which about `share` of the tokens of all paths are shared: the more, the more
+    continuations start from a place at `share` of the path."""
     roots = [policy.root(q, env) for q in questions]
     leaves_ = grow(policy, env, roots, [2] * len(roots), (0, 0))
-    anchors = [min(path(leaf)[:-1], key=lambda n, leaf=leaf: abs(n.length / leaf.length - share))
-               for leaf in leaves_]
-    anchors = [a for a in anchors if a.depth > 0]
-    grow(policy, env, anchors, [5] * len(anchors), (0, 1))
+    anchors = [min(path(leaf)[1:-1], key=lambda n, leaf=leaf: abs(n.length / leaf.length - share))
+               for leaf in leaves_ if leaf.depth > 1]
+    grow(policy, env, anchors, [round(3 / (1 - share))] * len(anchors), (0, 1))
+    return roots
+
+
+def shared_part(roots):
+    """Of the tokens of all paths, the share that is not computed again where trees are packed."""
     own = sum(len(n.ids) for root in roots for n in nodes(root))
-    return roots, 1 - own / sum(leaf.length for root in roots for leaf in leaves(root))
+    return 1 - own / sum(leaf.length for root in roots for leaf in leaves(root))
 
 
 def engine(policy, data, live=(64, 256), num_trees=16):
@@ -155,16 +160,19 @@ def engine(policy, data, live=(64, 256), num_trees=16):
     yield compare("continue from prefixes, forked (other: prefilled again)", "tok/s",
                   lambda: continued(True), lambda: continued(False))
     forget_caches(roots)
-    for share in (0.0, 0.3, 0.6, 0.9):
-        trees, real = trees_with_shared(policy, data.env, data.train[:num_trees], share)
+    default = Steps(policy, data)
+    default.run()
+    for trees in (default.trees, *(trees_with_shared(
+            policy, data.env, data.train[:num_trees], share) for share in (0.3, 0.6, 0.9))):
         packed, credits = (policy.micro_batches, policy.logprobs), credits_of(trees)
 
         def update(parts):
             policy.micro_batches, policy.logprobs = parts
             policy.update(credits)
             policy.micro_batches, policy.logprobs = packed
-        yield compare(f"update, {100 * real:.0f} % of the tokens shared (other: path by path)", "s",
-                      lambda: update(packed), lambda: update(by_paths(policy)))
+        name = "update of a default step," if trees is default.trees else "update,"
+        yield compare(f"{name} {100 * shared_part(trees):.0f} % of the tokens shared (other: path "
+                      "by path)", "s", lambda: update(packed), lambda: update(by_paths(policy)))
 
 
 def gigaflops(policy, roots):
@@ -220,9 +228,11 @@ class Steps:
         self.metrics = []
 
     def run(self):
-        roots, row = train_step(self.config, self.state, self.policy, self.predictor, self.data)
+        self.trees, row = train_step(self.config, self.state, self.policy, self.predictor,
+                                     self.data)
+        trim_memory()
         self.metrics.append(row)
-        return sum(map(sampled_tokens, roots))
+        return sum(map(sampled_tokens, self.trees))
 
 
 def our_steps(pipe, dials, num_groups):
@@ -232,7 +242,7 @@ def our_steps(pipe, dials, num_groups):
         pipe.send((steps.run(), peak_megabytes()))
 
 
-def whole_step(num_groups=28, **dials):
+def whole_step(num_groups=18, **dials):
     """Row 4: a step from pool to update against TRL's GRPOTrainer on about as many sampled
     tokens, each in a process of its own: memory does not mix."""
     workers, name = [our_steps], "TRL's GRPOTrainer"
@@ -255,7 +265,7 @@ def whole_step(num_groups=28, **dials):
     try:
         for pipe in pipes[1:]:
             step(pipe)
-    except EOFError:  # it has said why
+    except (EOFError, OSError):  # it has said why
         pipes, name = pipes[:1], name + ", which failed"
     rates, peaks = [[] for _ in pipes], [[] for _ in pipes]
     for _ in range(REPEATS):
@@ -320,6 +330,7 @@ def main(arguments=None):
     if args.only and not args.out:
         parser.error("--only writes a part of the rows: name a file of its own with --out")
     file, rows, shared = Path(args.out or "results/bench.json"), [], []
+    file.parent.mkdir(parents=True, exist_ok=True)
     for name in [args.only] if args.only else PARTS:
         if name in ("engine", "limit", "growth") and not shared:
             config = Config(model=args.model, learning_rate=0.0)  # the policy stays what it is
@@ -330,8 +341,7 @@ def main(arguments=None):
                 f"   other {row['other']:<8.3g} ratio {row['ratio']:.2f} "
                 f"({row['spread'][0]:.2f} to {row['spread'][1]:.2f})")
             print(f"{row['name']:66s} {row['ours']:9.3g} {row['unit']:5s}{other}", flush=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, rows)
+        write_json(file, rows)
 
 
 PARTS = {"environment": lambda args, *shared: environment(args.articles),

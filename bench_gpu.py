@@ -7,7 +7,7 @@ ends alone, and this one holds no memory of the GPU. Its row goes to results/gpu
 there is not run again, so the same line goes on after a kill. The last rows are whole steps of
 the tiny policy, in one run and in several at once, as `ablate.py --jobs` starts them.
 
-A case fits if live episodes fill their context and are continued, and if full paths go through
+A case fits if live episodes fill their context in their last turn, and if full paths go through
 the update. Speed is measured on toy questions. Random weights write random words: every turn
 runs to its last token, so tokens per second are real, and the answers are not. They are spread
 over 151,936 words, most of which no text encodes to: prompts are longer than with Qwen's own.
@@ -122,9 +122,10 @@ def measure(row, folder, seed=0):
         took, _ = seconds(lambda: grow(policy, data.env, anchors, [1] * len(anchors), (seed, 2)))
         return (sum(map(sampled_tokens, roots)) - before) / took
     row["forked_tok_s"] = proceed()
+    forget_caches(roots)
+    again = proceed()  # in every case, so that all update the same trees
     if row["compare"]:
-        forget_caches(roots)
-        row["prefilled_tok_s"] = proceed()
+        row["prefilled_tok_s"] = again
     forget_caches(roots)
 
     row["stage"] = "updating"
@@ -160,7 +161,7 @@ def capped(row, folder):
             raise
         row["fits"] = False
     if torch.cuda.is_available():
-        row["peak_gib"] = TAKEN + torch.cuda.max_memory_allocated() / 2 ** 30
+        row["peak_gib"] = TAKEN + torch.cuda.max_memory_reserved() / 2 ** 30
         row["hardware"] = torch.cuda.get_device_name()
 
 

@@ -117,7 +117,8 @@ def run(args):
         raise UsageError(f"--out {args.out}: no such folder")
     if unknown := set(arms) - set(ARMS):
         raise UsageError(f"--arms {min(unknown)}: choose from {'; '.join(ARMS)}")
-    base = read_config(Config, args.run, final_eval_questions=args.prompts)
+    base = read_config(Config, args.run, eval_questions=args.prompts, final_eval_questions=0,
+                       updates_per_batch=1, kl=0.0)
     world = ["--wiki-seed", str(base.wiki_seed), "--model", base.model, "--seed", str(base.seed),
              "--budget", args.budget]
     configs = {name: parse_config(Config, "", [*flags.split(), *world])

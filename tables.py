@@ -5,7 +5,6 @@ exact match at the full budget, and the area under the curve of exact match over
 sampled tokens. `runs` are what was planned, with .arm, .seed, .steps, .tokens and .made_with.
 """
 import csv
-import re
 from pathlib import Path
 
 import numpy as np
@@ -153,9 +152,3 @@ def report(preset, runs, done, markdown=False):
             parts.append("\n".join("  ".join(map(str.ljust, line, widths)).rstrip()
                                    for line in lines))
     return "\n\n".join(parts)
-
-
-def readme_blocks(text):
-    """{preset: what stands between <!-- results:PRESET --> and <!-- /results -->}"""
-    return {preset: block.strip() for preset, block in re.findall(
-        r"<!-- results:(\S+) -->(.*?)<!-- /results -->", text, re.DOTALL)}

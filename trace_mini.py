@@ -52,6 +52,7 @@ LOWEST = {"steps": 0, "budget": 1, "num_continuations": 0, "pool_size": 1, "grou
           "checkpoint_every": 1, "articles": 100, "final_eval_questions": 0, "eval_every": 0,
           "seed": 0, "turn_tokens": 0, "observation_tokens": 0, "context": 0, "cache_tokens": 0,
           "micro_batch_tokens": 1, "logit_chunk": 1, "show_every": 0}
+HIGHEST = {"floor": 1, "top_p": 1, "turn_tokens": MOST_TOKENS, "articles": 100_000}
 
 
 class Arm(NamedTuple):
@@ -84,7 +85,7 @@ def option(default, text):
 @dataclass
 class Config:
     """Every dial of a run; the texts are what --help prints."""
-    model: str = option("tiny", "tiny (embedded), a hub id, or a local folder")
+    model: str = option("tiny", "tiny (embedded), a hub id, or a folder")
     data: str = option("toy", "toy, or a HotpotQA / 2WikiMultihopQA .json or MuSiQue .jsonl file")
     eval_data: str = option("", "another file to evaluate on (default: a fifth of --data)")
     method: str = option("trace", f"which arm: {', '.join(ARMS)}")
@@ -152,12 +153,13 @@ class Config:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: "
                                  f"choose from {', '.join(names)}")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model_path = str(HERE / "tiny") if self.model == "tiny" else self.model
+        here = HERE / self.model  # tiny, tiny2: wherever we are started
+        self.model_path = str(here) if self.model.isalnum() and here.is_dir() else self.model
         self.bare_prompt = knows_bare_prompt(self.model_path)
         if self.learning_rate is None:
             self.learning_rate = 1.2e-3 if self.bare_prompt else 1e-4
         for name, low in LOWEST.items():
-            high = {"floor": 1, "top_p": 1, "turn_tokens": MOST_TOKENS}.get(name, 1e12)
+            high = HIGHEST.get(name, 1e12)
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"--{name.replace('_', '-')} must be from {low} to {high:g}, "
                                  f"got {getattr(self, name)}")

@@ -44,6 +44,12 @@ def test_every_part_yields_rows(part, still, data, monkeypatch):
     json.dumps(rows)
 
 
+def test_a_ratio_above_1_is_in_our_favour():
+    for unit, ours, other in (("s", [1, 2, 4], [4, 4, 4]), ("tok/s", [4, 4, 4], [1, 2, 4])):
+        row = bench.row_of("", unit, ours, other)
+        assert (row["ratio"], row["spread"]) == (2, [1, 4])
+
+
 def test_one_part_needs_a_file_of_its_own(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         bench.main(["--only", "allocation"])

@@ -543,7 +543,7 @@ def test_gpu_bench_caps_memory(monkeypatch, tmp_path):
     share, gib = [], 2 ** 30
     (tmp_path / "tokenizer.json").touch()
     for name, value in (("is_available", True), ("empty_cache", None), ("get_device_name", "card"),
-                        ("reset_peak_memory_stats", None), ("max_memory_allocated", 4 * gib)):
+                        ("reset_peak_memory_stats", None), ("max_memory_reserved", 4 * gib)):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", share.append)
     monkeypatch.setattr("torch.cuda.get_device_properties",
