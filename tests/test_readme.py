@@ -7,9 +7,11 @@ import subprocess
 import sys
 from functools import cache
 
+import numpy as np
 import pytest
 import yaml
 
+from allocator import Anchors, equal_groups
 from policy import load_policy
 from runs import parse_config
 from tables import read_rows
@@ -177,6 +179,13 @@ def test_every_metric_is_one_of_a_run():
                                                           "predictor.py"))
     names = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", rows, re.MULTILINE)))
     assert len(names) > 10 and all(f'"{name}"' in code or f"{name}=" in code for name in names)
+
+
+def test_the_rule_of_ones_own_is_one():
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "_RULES" in b]
+    exec(block, names := {"ROOT_RULES": {}, "equal_groups": equal_groups})
+    pool = Anchors(np.array([0.5, 0.1, 0.5]), successes=np.array([0.0, 0.0, 3.0]))
+    assert names["ROOT_RULES"]["mine"](pool, 8, None).tolist() == [4, 4, 0]
 
 
 def test_citation_names_the_paper():
