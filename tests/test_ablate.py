@@ -16,7 +16,8 @@ import pytest
 import ablate
 from ablate import PRESETS, Run, lock_folders, main, made_with, num_steps, plan, score_transfer
 from conftest import assert_refused
-from tables import area, finished, interval, read_rows, report, table, token_share, write_rows
+from tables import (area, finished, interval, last, percent, read_rows, report, table, token_share,
+                    write_rows)
 from trace_mini import HERE, Config, load_data
 
 SMALL = ("--steps 2 --budget 400 --eval-every 1 --eval-questions 5 --final-eval-questions 8 "
@@ -333,6 +334,33 @@ def test_readme_blocks():
     text = ("a <!-- results:main -->\n| 1 |\n<!-- /results --> b\n"
             "<!-- results:x -->y<!-- /results -->")
     assert readme_blocks(text) == {"main": "| 1 |", "x": "y"}
+
+
+def test_what_the_readme_says_of_the_results_is_in_the_files():
+    text, runs = " ".join((HERE / "README.md").read_text().split()), plan("main")
+    done = ablate.gather("main", runs)[2]
+    arms = {arm: {seed: rows for (a, seed), rows in done.items() if a == arm}
+            for arm in ("grpo", "trace", "treepo")}
+    pairs = [(rows, arms["grpo"][seed]) for seed, rows in arms["trace"].items()]
+    ends = [last(a) - last(b) for a, b in pairs]
+    best = max(pairs, key=lambda pair: last(pair[0]) - last(pair[1]))
+    share = token_share(arms["grpo"].values(), arms["trace"].values())
+    for words in (f"ends {percent(ends, '+')} points above GRPO",
+                  f"{percent([area(a) - area(b) for a, b in pairs], '+')} in area",
+                  f"ahead on {sum(d > 0 for d in ends)} of {len(ends)} seeds",
+                  f"here {100 * share:.0f} %)", "one seed ({:.1f} against {:.1f})".format(
+                      *(100 * last(rows) for rows in best)),
+                  f"one TreePO seed of {len(arms['treepo'])} broke down, to "
+                  f"{100 * min(map(last, arms['treepo'].values())):.1f} %"):
+        assert words in text, words
+    rows = read_rows(HERE / "results" / "predictor.csv")
+    score = {(row["group"], row["predictor"]): row for row in rows
+             if row["step"] == rows[-1]["step"]}
+    for group, name, words in (("roots", "head", "reaches {:.0f} % of the ceiling"),
+                               ("prefixes", "head, repeats", "bring prefixes to {:.0f} %")):
+        part = score[group, name]["auroc"] / score[group, "truth"]["auroc"]
+        assert words.format(100 * part) in text, words
+    assert round(score["roots", "head"]["closed"], 1) == 0.2 and "a fifth of the regret" in text
 
 
 def test_every_number_in_the_readme_is_that_of_the_files():
