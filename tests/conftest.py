@@ -9,6 +9,7 @@ import torch
 from policy import load_policy
 from trace_mini import Config, load_data
 
+torch.set_num_threads(1)  # two threads on work as small as this mostly wait for each other
 SMALL = bool(os.environ.get("TRACE_MINI_SMALL"))  # the long tests in the size of .ci/run
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

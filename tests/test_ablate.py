@@ -205,7 +205,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, capsys):
     cases = [(["--preset", "best"], "best"), (["--arms", "grpo,ppo"], "ppo"),
              (["--jobs", "0"], "jobs"), (["--jobs", "many"], "jobs"), (["--no-such"], "no-such"),
              (["--flags=--budjet 3"], "budjet"), (["--flags=--budget 0"], "budget"),
-             (["--preset", "tuning"], "--dev"), (["--score", str(folders), "wiki"], "no trained"),
+             (["--preset", "tuning"], "--dev"), (["--score", str(folders), "wiki"], "config.json"),
              (["--score", str(folders), "moon"], "wiki or hops")]
     for arguments, word in cases:
         assert_refused(main, arguments, word, capsys)

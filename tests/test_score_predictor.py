@@ -101,6 +101,7 @@ def test_the_command(finished, tmp_path, capsys, monkeypatch):
     assert "step 1" in (out := capsys.readouterr().out) and "logistic" in out
 
 
+@pytest.mark.long
 def test_bad_input_is_one_line_and_exit_code_2(finished, tmp_path, capsys):
     cases = [([str(tmp_path)], "config.json"), ([str(finished), "--anchors", "1"], "--anchors"),
              ([str(finished), "--continuations", "3"], "even"),

@@ -113,7 +113,8 @@ def steps(quick, num, **dials):
                    for _ in range(num)]
 
 
-@pytest.mark.parametrize("method", ARMS)
+@pytest.mark.parametrize("method", [
+    pytest.param(arm, marks=pytest.mark.long if arm == "oracle" else ()) for arm in ARMS])
 def test_every_arm_spends_the_same(method, quick):
     """Cumulative sampled tokens follow one schedule in every arm. The gap at the end is the
     error of the last step's forecast, whatever the number of steps: 0.8 of a step's budget, the

@@ -158,6 +158,7 @@ def test_a_bad_config_is_one_line(content, word, copy, capsys):
     assert contents(copy) == before
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_loses_nothing(done, copy, capsys):
     """No file may grow beyond 200 kB: the next checkpoint cannot be written."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
