@@ -88,6 +88,7 @@ def test_plain_react_plays_the_same_game(still, data):
     assert still.plain and len(again) == 1
 
 
+@pytest.mark.long
 def test_path_by_path_is_the_same_update(data, monkeypatch):
     policy = fresh_policy(max_grad_norm=1e9, micro_batch_tokens=1000)
     credits = [advantages(root, "grpo") for root in expanded(policy, data, num=3)]

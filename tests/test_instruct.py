@@ -399,8 +399,9 @@ def want(fp32, data):
     return played(fp32, data)
 
 
-@pytest.mark.parametrize("calls", [range(1), range(2), range(40, 500)],
-                         ids=["once", "prefill", "grow"])
+@pytest.mark.parametrize("calls", [
+    range(1), pytest.param(range(2), marks=pytest.mark.long), range(40, 500)],
+    ids=["once", "prefill", "grow"])
 def test_out_of_memory_halves_and_goes_on(tiny, want, calls, monkeypatch):
     """More than three rows fail during some of the calls of the network. Once is mended by
     letting caches go; after that fewer live episodes from then on, said once, no half-done
@@ -462,6 +463,7 @@ def test_a_path_is_kept_once(tiny):
     assert held_tokens(roots) - start <= 1.25 * sum(fed)  # rows of one cache are equally wide
 
 
+@pytest.mark.long
 def test_gradient_checkpointing_changes_no_gradient(data):
     """Packs and paths; off while sampling, where the cache is needed."""
     policy = fresh_policy()

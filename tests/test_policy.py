@@ -249,7 +249,8 @@ def test_a_capped_attention_in_a_pack(tmp_path):
     assert max(np.abs(packed - alone).max(), np.abs(sampled - alone).max()) < 1e-4
 
 
-@pytest.mark.parametrize("rule, tokens", [("grpo", 10 ** 9), ("grpo", 1), ("node_value", 400)])
+@pytest.mark.parametrize("rule, tokens", [
+    ("grpo", 10 ** 9), pytest.param("grpo", 1, marks=pytest.mark.long), ("node_value", 400)])
 def test_update_is_the_gradient_of_the_stated_loss(policy, data, rule, tokens, monkeypatch):
     """The update's gradient equals autograd on the formula, node by node, each node once: in one
     pack, path by path, and in packs that cut trees in two."""

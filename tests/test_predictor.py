@@ -58,6 +58,7 @@ def test_state_survives_a_checkpoint(name):
     assert np.array_equal(first.predict(batch(2)[0]), second.predict(batch(2)[0]))
 
 
+@pytest.mark.long
 def test_beta_tells_unknown_from_even_odds():
     """Half of the anchors are a coin's toss, the others always right or always wrong, nobody can
     say which: the same mean, but groups of four on the others are never mixed."""

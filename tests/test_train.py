@@ -15,8 +15,8 @@ from runs import State, UsageError, load_checkpoint, start_folder
 from trace_mini import ARMS, POOL, Config, draw_pool, load_data, main, train_step
 from tree import Node, leaves, sampled_tokens
 
-SMALL = ["--budget", "800", "--eval-questions", "10", "--pool-size", "12", "--articles", "100",
-         "--checkpoint-every", "1"]
+SMALL = ["--budget", "400", "--max-turns", "4", "--eval-questions", "10", "--pool-size", "12",
+         "--articles", "100", "--checkpoint-every", "1"]
 METRICS = {"step", "method", "seed", "sampled_tokens", "leaves", "effective_ratio",
            "predicted_effective_ratio", "reward_mean", "loss", "grad_norm", "predictor_brier",
            "predictor_auroc", "cut_observations", "overflowed_episodes", "time_sample_s",
@@ -119,8 +119,8 @@ def test_every_arm_spends_the_same(method, quick):
     """Cumulative sampled tokens follow one schedule in every arm. The gap at the end is the
     error of the last step's forecast, whatever the number of steps: 0.8 of a step's budget, the
     bound here, is 2 % of a default run. Monte-Carlo samples of the oracle are not counted."""
-    state, done = steps(quick, 3, method=method)
-    assert [row["step"] for _, row in done] == [1, 2, 3]
+    state, done = steps(quick, 2, method=method)
+    assert [row["step"] for _, row in done] == [1, 2]
     spent = 0
     for trees, row in done:
         spent += sum(map(sampled_tokens, trees))
@@ -131,7 +131,7 @@ def test_every_arm_spends_the_same(method, quick):
         num_bare = sum(size * num for size, num in sizes.items())
         assert (row["leaves"] > num_bare) == (ARMS[method].prefix_rule != "none")
         assert np.isfinite(row["grad_norm"]) and 0 < row["coverage"] <= 1
-    assert abs(spent - 3 * 1200) < 0.8 * 1200
+    assert abs(spent - 2 * 1200) < 0.8 * 1200
     assert done[-1][1]["coverage"] == len(state.visits) / len(quick.data.train)
 
 
@@ -298,6 +298,7 @@ def test_another_architecture_on_real_questions(shared_data, tmp_path):
     assert metrics(folder)[0]["leaves"] > 0
 
 
+@pytest.mark.long
 def test_eval_only_scores_the_whole_file(shared_data, tmp_path):
     folder = tmp_path / "run"
     assert main(["--data", str(shared_data / "hotpotqa_sample.json"), "--eval-only",
