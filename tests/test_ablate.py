@@ -345,11 +345,15 @@ def test_what_the_readme_says_of_the_results_is_in_the_files():
     ends = [last(a) - last(b) for a, b in pairs]
     best = max(pairs, key=lambda pair: last(pair[0]) - last(pair[1]))
     share = token_share(arms["grpo"].values(), arms["trace"].values())
+    moved = ablate.gather("transfer", plan("transfer"))[2]
+    elsewhere = percent([last(moved["trace@wiki", seed]) - last(moved["grpo@wiki", seed])
+                         for seed in range(10)], "+")
     for words in (f"ends {percent(ends, '+')} points above GRPO",
                   f"{percent([area(a) - area(b) for a, b in pairs], '+')} in area",
                   f"ahead on {sum(d > 0 for d in ends)} of {len(ends)} seeds",
                   f"here {100 * share:.0f} %)", "one seed ({:.1f} against {:.1f})".format(
                       *(100 * last(rows) for rows in best)),
+                  f"on another wiki it is {elsewhere}.",
                   f"one TreePO seed of {len(arms['treepo'])} broke down, to "
                   f"{100 * min(map(last, arms['treepo'].values())):.1f} %"):
         assert words in text, words
