@@ -438,6 +438,7 @@ def test_a_single_episode_out_of_memory_is_one_line(tiny, monkeypatch, tmp_path,
                    "--micro-batch-tokens", capsys)
 
 
+@pytest.mark.long
 def test_kept_caches_stay_within_the_plan(tiny, want):
     """Trees hold at most `cache_tokens` columns between calls; what was let go is computed again
     where an episode continues from there, to the same episodes."""

@@ -30,7 +30,8 @@ def batch(seed, num=200):
     return Features(hidden, plain.astype(np.float32), anchors), wins / 4, np.full(num, 4.0)
 
 
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.long if name == "beta" else ()) for name in LEARNT])
 def test_learns_and_stays_a_probability(name):
     predictor = PREDICTORS[name](policy=POLICY, seed=0)
     inputs, targets, weights = batch(0)

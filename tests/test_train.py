@@ -51,6 +51,7 @@ def test_adapter_loads_with_peft_alone(finished):
                for name, weight in model.named_parameters())
 
 
+@pytest.mark.long
 def test_resume_gives_the_numbers_of_an_uninterrupted_run(finished, tmp_path):
     folder = tmp_path / "resumed"
     assert main(["--steps", "1", "--out", str(folder), *SMALL]) == 0
@@ -289,6 +290,7 @@ def test_real_questions(name, shared_data, tmp_path):
     assert (folder / ("predictions.jsonl" if "musique" in name else "predictions.json")).exists()
 
 
+@pytest.mark.long
 def test_another_architecture_on_real_questions(shared_data, tmp_path):
     model = random_model(tmp_path / "model")
     folder = tmp_path / "run"

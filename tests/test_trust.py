@@ -207,6 +207,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(done, tmp_path, monkeypa
     assert [timeless(row) for row in metrics(folder)] == [timeless(row) for row in metrics(done)]
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capsys, interrupt):
     pressed(monkeypatch, 2, times=2)
     assert run(tmp_path / "run", 4) == 130
