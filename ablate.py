@@ -29,7 +29,8 @@ from draw import draw_arms
 from policy import ModelError, load_policy
 from questions import evaluate, load_data
 from react_env import ReActEnv
-from runs import Parser, UsageError, load_checkpoint, parse_config, write_json
+from runs import (Parser, UsageError, checkpoint_file, load_checkpoint, parse_config,
+                  write_json)
 from tables import finished, read_rows, report, write_rows
 from toy_wiki import make_questions, make_world
 from trace_mini import HERE, Config
@@ -199,10 +200,6 @@ def start(run, jobs, lock):
                  "OMP_WAIT_POLICY": "passive", "TQDM_MININTERVAL": "60"})
 
 
-def last_checkpoint(folder, steps):
-    return folder / "checkpoint" / f"step-{steps:06d}.pt"
-
-
 def log_file(run):
     return run.folder.parent / f"{run.arm}-s{run.seed}.log"
 
@@ -256,7 +253,7 @@ def score_transfer(folder, where):
     if where not in ("wiki", "hops"):
         raise UsageError(f"--score {folder} {where}: choose wiki or hops")
     config = parse_config(Config, "", ["--resume", str(folder)])
-    if not last_checkpoint(folder, config.steps).exists():
+    if not checkpoint_file(folder, config.steps).exists():
         raise UsageError(f"{folder}: not trained to its last step")
     world = make_world(config.articles, OTHER_WIKI if where == "wiki" else config.wiki_seed)
     num = config.final_eval_questions or config.eval_questions
@@ -316,7 +313,7 @@ def run_preset(preset, arms, jobs, dev, flags, only_table):
         print(f"not run, their model is not there: {', '.join(no_model)}", file=sys.stderr)
     missing = [run for run in missing if run.made_with]
     first = {run.folder: run._replace(where="") for run in missing  # transfers need trained runs
-             if run.where and not last_checkpoint(run.folder, run.steps).exists()}
+             if run.where and not checkpoint_file(run.folder, run.steps).exists()}
     num_failed = run_grid([*first.values()], jobs, lambda *_: None) if first else 0
     num_failed += run_grid(missing, jobs, keep)
     curves = [row for rows in done.values() if len(rows) > 1 for row in rows]

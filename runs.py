@@ -107,9 +107,13 @@ def own_dials(dials):
     return {name: value for name, value in dials.items() if name not in FREE | {"out"}}
 
 
+def checkpoint_file(folder, step):
+    return folder / "checkpoint" / f"step-{step:06d}.pt"
+
+
 def save_checkpoint(folder, step, content):
     """Write checkpoint/step-000010.pt and keep the one before it."""
-    file = folder / "checkpoint" / f"step-{step:06d}.pt"
+    file = checkpoint_file(folder, step)
     aside = file.with_suffix(".part")
     torch.save(content, buffer := io.BytesIO())  # into a file it would hide that a disk is full
     with open(aside, "wb") as stream:

@@ -321,6 +321,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, finished):
     cases = [(["--no-such-flag"], "no-such-flag"), (["--steps", "many"], "steps"),
              (["--method", "ppo"], "method"), (["--steps", "-1"], "steps"),
              (["--budget", "0"], "budget"), (["--turn-tokens", "-5"], "turn-tokens"),
+             (["--turn-tokens", "5000"], "turn-tokens"),
              (["--eval-questions", "1000000"], "eval-questions"),
              (["--eval-data", "some.json"], "eval-data"),
              (["--advantage", "x"], "advantage"), (["--predictor", "x"], "predictor"),
