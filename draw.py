@@ -52,24 +52,30 @@ def draw_curve(folder):
 def draw_arms(rows, file, y="eval_em", ylabel="held-out exact match"):
     """Write the mean of `y` per arm over its seeds, from three seeds on with a 95 % t interval;
     -> Path. A row: {arm, seed, sampled_tokens, y}, where y is a share, 0 to 1; rows without y
-    are passed over."""
+    are passed over. Arms NAME@X share a panel with those @X only."""
     points = {}  # {arm: {seed: [(tokens, y)]}}
     for row in (row for row in rows if row.get(y) is not None):
         seeds = points.setdefault(row["arm"], {})
         seeds.setdefault(row["seed"], []).append((row["sampled_tokens"], row[y]))
     bands = {arm: mean_and_band([np.array(sorted(curve)).T for curve in seeds.values()])
              for arm, seeds in points.items()}
-    known = [*dict.fromkeys(["grpo", "pcl", "treepo", "root", "prefix", "trace", "oracle", *bands])]
-    known = known if len(known) <= len(STYLES) else list(bands)
-    axes = (figure := Picture(figsize=(6.4, 5), layout="constrained")).subplots()
+    names = {arm: arm.partition("@") for arm in bands}  # (name, "@", X)
+    own = dict.fromkeys(name for name, _, _ in names.values())
+    known = [*dict.fromkeys(["grpo", "pcl", "treepo", "root", "prefix", "trace", "oracle", *own])]
+    known = known if len(known) <= len(STYLES) else list(own)
+    worlds = sorted({world for _, _, world in names.values()}) or [""]
+    figure = Picture(figsize=(6.4 * len(worlds), 5), layout="constrained")
+    panels = figure.subplots(1, len(worlds), squeeze=False, sharey=True)[0]
     for arm in sorted(bands, key=lambda arm: -bands[arm][1][-1]):
-        (x, mean, half), i = bands[arm], known.index(arm) % 9  # alike in all figures
+        (x, mean, half), (name, _, world) = bands[arm], names[arm]
+        axes, i = panels[worlds.index(world)], known.index(name) % 9  # alike in all figures
         axes.plot(x, mean, STYLES[i], color=COLOURS[i], markevery=(i, 10),
                   label=f"{arm}, seeds: {len(points[arm])}")
         if len(points[arm]) > 2:  # t is 12.7 for two seeds: nothing else could be seen
             axes.fill_between(x, mean - half, mean + half, color=COLOURS[i], alpha=0.15, lw=0)
-    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
-    _label(axes, ylabel + " (mean, 95 % interval)", ncols=2)
+    for axes in panels:
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+        _label(axes, ylabel + " (mean, 95 % interval)" if axes is panels[0] else "", ncols=2)
     return figure.write(file)
 
 

@@ -113,6 +113,9 @@ def test_arms_are_drawn_with_gaps_and_strangers(tmp_path):
     assert draw_arms(rows, tmp_path / "arms.png").read_bytes().startswith(PNG)
     assert b"<svg" in draw_arms(rows, tmp_path / "arms.svg").read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"arms.png", "arms.svg"}
+    one, two = (int.from_bytes(draw_arms(some, tmp_path / "arms.png").read_bytes()[16:20])
+                for some in (rows, [*rows, *({**row, "arm": row["arm"] + "@2"} for row in rows)]))
+    assert two == 2 * one  # a panel per world
 
 
 def test_the_cycle_marks_the_present_steps_and_cuts_no_label():
