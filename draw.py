@@ -65,7 +65,7 @@ def draw_arms(rows, file, y="eval_em", ylabel="held-out exact match"):
     known = known if len(known) <= len(STYLES) else list(own)
     worlds = sorted({world for _, _, world in names.values()}) or [""]
     figure = Picture(figsize=(6.4 * len(worlds), 5), layout="constrained")
-    panels = figure.subplots(1, len(worlds), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(worlds), squeeze=False)[0]
     for arm in sorted(bands, key=lambda arm: -bands[arm][1][-1]):
         (x, mean, half), (name, _, world) = bands[arm], names[arm]
         axes, i = panels[worlds.index(world)], known.index(name) % 9  # alike in all figures

@@ -336,25 +336,83 @@ def test_readme_blocks():
     assert readme_blocks(text) == {"main": "| 1 |", "x": "y"}
 
 
+PAIR = {"trace": 1, "grpo": -1}
+CONTRASTS = [  # of the README: (what, {arm: weight}, seeds, kind of question)
+    ("trace − grpo", PAIR, 10, ""),
+    *((f"trace − grpo, questions of {hops}", PAIR, 10, hops)
+      for hops in ("1 hops", "2 hops", "3 hops")),
+    ("trace − grpo, seeds 0 to 4", PAIR, 5, ""),
+    ("trace@2 − grpo@2: second wiki, second warm start", {"trace@2": 1, "grpo@2": -1}, 10, ""),
+    ("trace − grpo on a third wiki, untrained there", {"trace@wiki": 1, "grpo@wiki": -1}, 10, ""),
+    ("trace − pcl", {"trace": 1, "pcl": -1}, 5, ""),
+    ("trace − treepo", {"trace": 1, "treepo": -1}, 5, ""),
+    ("uniform roots and random prefixes − grpo", {"uniform+random": 1, "grpo": -1}, 5, ""),
+    ("active − uniform roots (mean of both prefixes)", {
+        "active+active": 0.5, "active+random": 0.5, "uniform+active": -0.5,
+        "uniform+random": -0.5}, 5, ""),
+    ("active − random prefixes (mean of both roots)", {
+        "active+active": 0.5, "uniform+active": 0.5, "active+random": -0.5,
+        "uniform+random": -0.5}, 5, ""),
+    ("both active, beyond the sum of the two", {
+        "active+active": 1, "uniform+random": 1, "active+random": -1, "uniform+active": -1}, 5, "")]
+
+
+def readme_differences():
+    """{what: (seeds, at the end, area)}, paired over seeds, as texts."""
+    done = {}
+    for preset in "main", "transfer", "two-by-two":
+        done |= ablate.gather(preset, plan(preset))[2]
+
+    def cell(weights, num, score):
+        return percent([sum(weight * score(done[arm, seed]) for arm, weight in weights.items())
+                        for seed in range(num)], "+")
+
+    def of_kind(rows):
+        return rows[-1]["em " + kind]
+    table = {}
+    for what, weights, num, kind in CONTRASTS:
+        curves = not kind and all(len(done[arm, 0]) > 1 for arm in weights)
+        table[what] = (str(num), cell(weights, num, of_kind if kind else last),
+                       cell(weights, num, area) if curves else "–")
+    return table
+
+
+def readme_text():
+    return " ".join((HERE / "README.md").read_text().split())
+
+
+def test_the_differences_in_the_readme_are_those_of_the_files():
+    text, table = readme_text(), readme_differences()
+    lines = [f"| {what} | {' | '.join(cells)} |" for what, cells in table.items()]
+    assert f"<!-- differences --> | in points | seeds | at the end | area | |---|---|---|---| " \
+           f"{' '.join(lines)} <!-- /differences -->" in text
+    done = ablate.gather("two-by-two", plan("two-by-two"))[2]
+    for roots in "uniform", "active":
+        cells = [[done[f"{roots}+{prefixes}", seed] for seed in range(5)]
+                 for prefixes in ("random", "active")]
+        assert f"| {roots} roots | " + " | ".join(
+            f"{percent(list(map(last, runs)))}, {percent(list(map(area, runs)))}"
+            for runs in cells) + " |" in text
+
+
 def test_what_the_readme_says_of_the_results_is_in_the_files():
-    text, runs = " ".join((HERE / "README.md").read_text().split()), plan("main")
-    done = ablate.gather("main", runs)[2]
+    text, (_, end, whole) = readme_text(), readme_differences()["trace − grpo"]
+    done = ablate.gather("main", plan("main"))[2]
     arms = {arm: {seed: rows for (a, seed), rows in done.items() if a == arm}
-            for arm in ("grpo", "trace", "treepo")}
-    pairs = [(rows, arms["grpo"][seed]) for seed, rows in arms["trace"].items()]
-    ends = [last(a) - last(b) for a, b in pairs]
+            for arm in ("grpo", "trace", "treepo", "grpo@2", "trace@2")}
+    pairs, pairs2 = ([(rows, arms[base][seed]) for seed, rows in sorted(arms[arm].items())]
+                     for arm, base in (("trace", "grpo"), ("trace@2", "grpo@2")))
     best = max(pairs, key=lambda pair: last(pair[0]) - last(pair[1]))
-    share = token_share(arms["grpo"].values(), arms["trace"].values())
-    moved = ablate.gather("transfer", plan("transfer"))[2]
-    elsewhere = percent([last(moved["trace@wiki", seed]) - last(moved["grpo@wiki", seed])
-                         for seed in range(10)], "+")
-    for words in (f"ends {percent(ends, '+')} points above GRPO",
-                  f"{percent([area(a) - area(b) for a, b in pairs], '+')} in area",
-                  f"ahead on {sum(d > 0 for d in ends)} of {len(ends)} seeds",
-                  f"here {100 * share:.0f} %)", "one seed ({:.1f} against {:.1f})".format(
-                      *(100 * last(rows) for rows in best)),
-                  f"on another wiki it is {elsewhere}.",
-                  f"one TreePO seed of {len(arms['treepo'])} broke down, to "
+    share, share2 = (token_share(arms[base].values(), arms[arm].values())
+                     for arm, base in (("trace", "grpo"), ("trace@2", "grpo@2")))
+    ahead, ahead2 = (sum(last(a) > last(b) for a, b in some) for some in (pairs, pairs2))
+    mean, half = interval([area(a) - area(b) for a, b in pairs2])
+    assert mean > half and "the interval of the area is above zero" in text
+    for words in (f"ends {end} points above GRPO, {whole} in area, ahead on {ahead} of 10",
+                  f"here {100 * share:.0f} %)",
+                  "one seed ({:.1f} against {:.1f})".format(*(100 * last(rows) for rows in best)),
+                  f"ahead on {ahead2} of 10, with {100 * share2:.0f} % of the tokens",
+                  f"One TreePO seed of {len(arms['treepo'])} broke down, to "
                   f"{100 * min(map(last, arms['treepo'].values())):.1f} %"):
         assert words in text, words
     rows = read_rows(HERE / "results" / "predictor.csv")
