@@ -425,6 +425,13 @@ def test_what_the_readme_says_of_the_results_is_in_the_files():
     assert round(score["roots", "head"]["closed"], 1) == 0.2 and "a fifth of the regret" in text
 
 
+@pytest.mark.parametrize("preset", sorted({*PRESETS} - {"quick", "tuning"}))
+def test_the_readme_names_every_preset_that_lacks_runs(preset):
+    runs = plan(preset)
+    missing = len(ablate.gather(preset, runs)[2]) < len(runs)
+    assert (f"| `python ablate.py --preset {preset}` |" in readme_text()) == missing
+
+
 def test_every_number_in_the_readme_is_that_of_the_files():
     blocks = readme_blocks((HERE / "README.md").read_text())
     assert "main" in blocks
