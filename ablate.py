@@ -31,7 +31,7 @@ from questions import evaluate, load_data
 from react_env import ReActEnv
 from runs import (Parser, UsageError, checkpoint_file, load_checkpoint, parse_config,
                   write_json)
-from tables import finished, read_rows, report, write_rows
+from tables import differences, finished, read_rows, report, write_rows
 from toy_wiki import make_questions, make_world
 from trace_mini import HERE, Config
 from tree import ADVANTAGES
@@ -331,6 +331,8 @@ def main(arguments=None):
     parser.add_argument("--jobs", type=int, default=os.cpu_count(),
                         help="runs at once, which share the cores [%(default)s]")
     parser.add_argument("--table", action="store_true", help="run nothing, print markdown")
+    parser.add_argument("--differences", action="store_true",
+                        help="run nothing, print the paired differences of the README")
     parser.add_argument("--dev", action="store_true",
                         help="development seeds and wiki; rows stay in runs/, not reported")
     parser.add_argument("--flags", default="", help="of trace_mini.py for all arms, as one "
@@ -345,6 +347,10 @@ def main(arguments=None):
             raise UsageError(f"--jobs must be at least 1, got {args.jobs}")
         if args.score:
             return score_transfer(Path(args.score[0]), args.score[1])
+        if args.differences:
+            print(differences({key: rows for preset in ("main", "transfer", "two-by-two")
+                               for key, rows in gather(preset, plan(preset))[2].items()}))
+            return 0
         return run_preset(args.preset, [arm for arm in args.arms.split(",") if arm], args.jobs,
                           args.dev, args.flags, args.table)
     except (UsageError, ModelError) as error:

@@ -133,6 +133,44 @@ def groups_table(runs, done):
     return lines
 
 
+ENDS = {"trace": 1, "grpo": -1}
+FOUR = "active+active", "active+random", "uniform+active", "uniform+random"
+CONTRASTS = (  # (what, {arm: weight}, seeds at most, questions of)
+    ("trace − grpo", ENDS, 10, ""),
+    *((f"trace − grpo, questions of {hops}", ENDS, 10, hops)
+      for hops in ("1 hops", "2 hops", "3 hops")),
+    ("trace − grpo, seeds 0 to 4", ENDS, 5, ""),
+    ("trace@2 − grpo@2: second wiki, second warm start", {"trace@2": 1, "grpo@2": -1}, 10, ""),
+    ("trace − grpo on a third wiki, untrained there", {"trace@wiki": 1, "grpo@wiki": -1}, 10, ""),
+    *((f"trace − {arm}", {"trace": 1, arm: -1}, 5, "") for arm in ("pcl", "treepo")),
+    ("uniform roots and random prefixes − grpo", {"uniform+random": 1, "grpo": -1}, 5, ""),
+    ("active − uniform roots (mean of both prefixes)",
+     dict(zip(FOUR, (0.5, 0.5, -0.5, -0.5))), 5, ""),
+    ("active − random prefixes (mean of both roots)",
+     dict(zip(FOUR, (0.5, -0.5, 0.5, -0.5))), 5, ""),
+    ("both active, beyond the sum of the two", dict(zip(FOUR, (1, -1, -1, 1))), 5, ""))
+
+
+def differences(done):
+    """The differences that the README speaks of, as markdown: paired over the seeds that all arms
+    of a line share, in points; area only where there are whole curves."""
+    lines = ["| in points | seeds | at the end | area |", "|---|---|---|---|"]
+    for what, weights, num, group in CONTRASTS:
+        seeds = [i for i in range(num) if all((arm, i) in done for arm in weights)]
+
+        def paired(score):
+            return percent([sum(weight * score(done[arm, i]) for arm, weight in weights.items())
+                            for i in seeds], "+")
+        curves = not group and all(len(done[arm, i]) > 1 for arm in weights for i in seeds)
+
+        def of_group(rows):
+            value = rows[-1].get("em " + group)
+            return np.nan if value is None else value
+        end = paired(of_group if group else last)
+        lines.append(f"| {what} | {len(seeds)} | {end} | {paired(area) if curves else '–'} |")
+    return "\n".join(lines)
+
+
 def report(preset, runs, done, markdown=False):
     """Both tables and what they are of, as text or as markdown."""
     rows = [rows[-1] for rows in done.values()]

@@ -16,8 +16,8 @@ import pytest
 import ablate
 from ablate import PRESETS, Run, lock_folders, main, made_with, num_steps, plan, score_transfer
 from conftest import assert_refused
-from tables import (area, finished, interval, last, percent, read_rows, report, table, token_share,
-                    write_rows)
+from tables import (area, differences, finished, interval, last, percent, read_rows, report, table,
+                    token_share, write_rows)
 from trace_mini import HERE, Config, load_data
 
 SMALL = ("--steps 2 --budget 400 --eval-every 1 --eval-questions 5 --final-eval-questions 8 "
@@ -323,6 +323,22 @@ def test_a_killed_grid_stops_its_runs_and_goes_on_from_their_checkpoints(tmp_pat
         assert [row["step"] for row in csv.DictReader(stream)] == ["0", "15"]
 
 
+def test_differences_by_hand(done):
+    """Over the seeds that all arms of a line share: here two of the two by two."""
+    names = {"active+active": "trace", "active+random": "grpo", "uniform+active": "grpo@2",
+             "uniform+random": "trace@2"}
+    four = {(arm, seed): done[own, seed] for arm, own in names.items() for seed in range(3)
+            if (own, seed) in done}
+    lines = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:]
+             for line in differences(done | four).split("\n")}
+    assert lines["trace − grpo"] == ["3", "+4.0 ± 5.0", "+2.0 ± 2.5"]
+    assert lines["trace − treepo"] == ["0", "–", "–"]
+    # (0.36 + 0.30 - 0.8 - 0.8) / 2 and (0.42 + 0.40 - 0.9 - 0.8) / 2; t = 12.706
+    assert lines["active − uniform roots (mean of both prefixes)"][:2] == ["2", "-45.5 ± 19.1"]
+    assert lines["active − random prefixes (mean of both roots)"][1] == "+4.5 ± 19.1"
+    assert lines["both active, beyond the sum of the two"][1] == "-1.0 ± 88.9"
+
+
 # ---------------------------------------------------------------- the README
 def readme_blocks(text):
     """{preset: what stands between <!-- results:PRESET --> and <!-- /results -->}"""
@@ -336,56 +352,14 @@ def test_readme_blocks():
     assert readme_blocks(text) == {"main": "| 1 |", "x": "y"}
 
 
-PAIR = {"trace": 1, "grpo": -1}
-CONTRASTS = [  # of the README: (what, {arm: weight}, seeds, kind of question)
-    ("trace − grpo", PAIR, 10, ""),
-    *((f"trace − grpo, questions of {hops}", PAIR, 10, hops)
-      for hops in ("1 hops", "2 hops", "3 hops")),
-    ("trace − grpo, seeds 0 to 4", PAIR, 5, ""),
-    ("trace@2 − grpo@2: second wiki, second warm start", {"trace@2": 1, "grpo@2": -1}, 10, ""),
-    ("trace − grpo on a third wiki, untrained there", {"trace@wiki": 1, "grpo@wiki": -1}, 10, ""),
-    ("trace − pcl", {"trace": 1, "pcl": -1}, 5, ""),
-    ("trace − treepo", {"trace": 1, "treepo": -1}, 5, ""),
-    ("uniform roots and random prefixes − grpo", {"uniform+random": 1, "grpo": -1}, 5, ""),
-    ("active − uniform roots (mean of both prefixes)", {
-        "active+active": 0.5, "active+random": 0.5, "uniform+active": -0.5,
-        "uniform+random": -0.5}, 5, ""),
-    ("active − random prefixes (mean of both roots)", {
-        "active+active": 0.5, "uniform+active": 0.5, "active+random": -0.5,
-        "uniform+random": -0.5}, 5, ""),
-    ("both active, beyond the sum of the two", {
-        "active+active": 1, "uniform+random": 1, "active+random": -1, "uniform+active": -1}, 5, "")]
-
-
-def readme_differences():
-    """{what: (seeds, at the end, area)}, paired over seeds, as texts."""
-    done = {}
-    for preset in "main", "transfer", "two-by-two":
-        done |= ablate.gather(preset, plan(preset))[2]
-
-    def cell(weights, num, score):
-        return percent([sum(weight * score(done[arm, seed]) for arm, weight in weights.items())
-                        for seed in range(num)], "+")
-
-    def of_kind(rows):
-        return rows[-1]["em " + kind]
-    table = {}
-    for what, weights, num, kind in CONTRASTS:
-        curves = not kind and all(len(done[arm, 0]) > 1 for arm in weights)
-        table[what] = (str(num), cell(weights, num, of_kind if kind else last),
-                       cell(weights, num, area) if curves else "–")
-    return table
-
-
 def readme_text():
     return " ".join((HERE / "README.md").read_text().split())
 
 
-def test_the_differences_in_the_readme_are_those_of_the_files():
-    text, table = readme_text(), readme_differences()
-    lines = [f"| {what} | {' | '.join(cells)} |" for what, cells in table.items()]
-    assert f"<!-- differences --> | in points | seeds | at the end | area | |---|---|---|---| " \
-           f"{' '.join(lines)} <!-- /differences -->" in text
+def test_the_differences_in_the_readme_are_those_of_the_files(capsys):
+    main(["--differences"])
+    text, printed = readme_text(), capsys.readouterr().out
+    assert f"<!-- differences --> {' '.join(printed.split())} <!-- /differences -->" in text
     done = ablate.gather("two-by-two", plan("two-by-two"))[2]
     for roots in "uniform", "active":
         cells = [[done[f"{roots}+{prefixes}", seed] for seed in range(5)]
@@ -396,8 +370,7 @@ def test_the_differences_in_the_readme_are_those_of_the_files():
 
 
 def test_what_the_readme_says_of_the_results_is_in_the_files():
-    text, (_, end, whole) = readme_text(), readme_differences()["trace − grpo"]
-    done = ablate.gather("main", plan("main"))[2]
+    text, done = readme_text(), ablate.gather("main", plan("main"))[2]
     arms = {arm: {seed: rows for (a, seed), rows in done.items() if a == arm}
             for arm in ("grpo", "trace", "treepo", "grpo@2", "trace@2")}
     pairs, pairs2 = ([(rows, arms[base][seed]) for seed, rows in sorted(arms[arm].items())]
@@ -406,6 +379,7 @@ def test_what_the_readme_says_of_the_results_is_in_the_files():
     share, share2 = (token_share(arms[base].values(), arms[arm].values())
                      for arm, base in (("trace", "grpo"), ("trace@2", "grpo@2")))
     ahead, ahead2 = (sum(last(a) > last(b) for a, b in some) for some in (pairs, pairs2))
+    end, whole = (percent([score(a) - score(b) for a, b in pairs], "+") for score in (last, area))
     mean, half = interval([area(a) - area(b) for a, b in pairs2])
     assert mean > half and "the interval of the area is above zero" in text
     for words in (f"ends {end} points above GRPO, {whole} in area, ahead on {ahead} of 10",
