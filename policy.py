@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loading import ModelError, end_of_turn, first_line, load_model, prompt_ids
-from packing import pack
-from rollout import RaggedCache, truncated_logprobs
+from engine.attention import pack
+from engine.loading import ModelError, end_of_turn, first_line, load_model, prompt_ids
+from engine.sampling import RaggedCache, truncated_logprobs
 from tree import Node, path
 
 PLAIN_BYTES = 2 ** 28  # a model whose layers fit in this samples with plain matrices

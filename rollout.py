@@ -7,117 +7,16 @@ copy a row and to forget its later columns: nothing is computed twice.
 
 Shapes: R rows (live episodes), T tokens fed at once, S columns, W width, V vocabulary.
 """
-import hashlib
 import warnings
 
 import numpy as np
 import torch
-from transformers import Cache
 
+from engine.sampling import RaggedCache, draw, keyed_uniforms, rollout_key
 from react_env import action_end, observation_text, split_completion
 from tree import Node, leaves, nodes, path, path_ids
 
 MOST_TOKENS = 4096  # of a turn: more would repeat the random numbers of the next one
-
-
-class RaggedCache(Cache):
-    """Keys and values of R paths of different lengths, each contiguous from column 0.
-
-    keys[layer], values[layer]: [R, key-value heads, capacity, head size]. `place` says where
-    the tokens of the next forward pass go; what lies behind a row's own length is garbage
-    that the mask hides and the next token overwrites."""
-
-    def __init__(self, keys=(), values=()):
-        super().__init__(layers=[])
-        self.keys, self.values, self.width = list(keys), list(values), 0
-
-    def place(self, rows, columns, num_rows, width):
-        self.rows, self.columns = rows, columns  # [N], [N]
-        self.num_rows, self.width = num_rows, int(width)
-
-    def update(self, keys, values, layer_idx, *args, **kwargs):
-        """Store [1, heads, N, size] at the places; -> all rows and all columns in use."""
-        for store, new in ((self.keys, keys[0]), (self.values, values[0])):
-            if len(store) == layer_idx:
-                store.append(new.new_zeros(self.num_rows, len(new), 0, new.shape[2]))
-            kept = store[layer_idx]
-            if kept.shape[2] < self.width:  # room for 64 more columns at a time
-                room = (self.width + 63) // 64 * 64 - kept.shape[2]
-                kept = torch.cat([kept, kept.new_zeros(*kept.shape[:2], room, kept.shape[3])], 2)
-                store[layer_idx] = kept
-            kept[self.rows, :, self.columns] = new.transpose(0, 1)  # [N, heads, size]
-        return (self.keys[layer_idx][:, :, :self.width], self.values[layer_idx][:, :, :self.width])
-
-    def get_seq_length(self, layer_idx=0):
-        return self.width
-
-    @staticmethod
-    def fork(sources, lengths):
-        """A new cache whose row i copies `sources[i] = (cache, row)`, of which the first
-        lengths[i] columns count."""
-        width = max(lengths)
-        forked = RaggedCache()
-        forked.width = width
-        by_cache = {}
-        for i, (cache, row) in enumerate(sources):
-            by_cache.setdefault(cache, []).append((i, row))
-        for layer in range(len(sources[0][0].keys)):
-            for name in ("keys", "values"):
-                like = getattr(sources[0][0], name)[layer]
-                room = (width + 63) // 64 * 64
-                new = like.new_zeros(len(sources), like.shape[1], room, like.shape[3])
-                for cache, pairs in by_cache.items():
-                    into, rows = (torch.tensor(x, device=like.device) for x in zip(*pairs))
-                    columns = min(width, cache.width)
-                    new[into, :, :columns] = getattr(cache, name)[layer][rows, :, :columns]
-                getattr(forked, name).append(new)
-        return forked
-
-
-def rollout_key(*parts):
-    """64-bit key of one rollout from (seed, step, question id, sample, ...)."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def keyed_uniforms(keys, positions):
-    """Uniforms in [0, 1) that depend on (key, position) alone, whatever the batch: the
-    counter-based generator splitmix64 (Steele et al. 2014). uint64 [R], int [R] -> float64."""
-    with np.errstate(over="ignore"):
-        z = keys + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
-
-
-def truncated_logprobs(logits, temperature, top_p, sampled=None):
-    """Log-probs [R, V] of the distribution that is sampled: logits / temperature, then the
-    smallest set of words whose probability reaches top_p (Holtzman et al. 2020). `sampled` ids
-    [R, 1] stay in it: rounding or an update may have moved them out, to a log-prob of -inf."""
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    if top_p < 1:
-        order = logprobs.argsort(-1, descending=True)
-        falling = logprobs.gather(-1, order).exp()
-        outside = torch.zeros_like(logprobs, dtype=torch.bool).scatter(
-            -1, order, falling.cumsum(-1) - falling >= top_p)
-        if sampled is not None:
-            outside.scatter_(-1, sampled, False)
-        logprobs = torch.log_softmax(logprobs.masked_fill(outside, -torch.inf), -1)
-    return logprobs
-
-
-def draw(logits, uniforms, temperature, top_p):
-    """Inverse-CDF sampling. logits [R, V], uniforms [R] -> (ids [R], log-probs [R]) under the
-    distribution really sampled from; temperature 0 is greedy (log-probs at temperature 1)."""
-    logprobs = truncated_logprobs(logits, temperature, top_p)
-    if temperature == 0:
-        ids = logprobs.argmax(-1)
-    else:
-        cdf = logprobs.double().exp().cumsum(-1)
-        ids = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
-        ids = ids.clamp(max=logits.shape[-1] - 1)
-    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 
 
 def prefill(policy, anchors):

@@ -19,7 +19,7 @@ the paper, or left open by it and chosen here:
     questions and models of 8 and 14 B; real files and models are a flag away.
 """
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -30,18 +30,46 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from allocator import PREFIX_RULES, ROOT_RULES, Anchors, deal_in_proportion, predicted_mixed_prob
-from draw import draw_curve, tree_text
-from loading import first_line, knows_bare_prompt
-from policy import ModelError, load_policy
+from engine.draw import draw_curve, tree_text
+from engine.loading import ModelError, first_line, knows_bare_prompt
+from engine.runs import (
+    MOST_BAD,
+    Clock,
+    Lines,
+    NotFinite,
+    State,
+    UsageError,
+    ctrl_c,
+    describe,
+    fresh_folder,
+    load_checkpoint,
+    own_dials,
+    parse_config,
+    save_checkpoint,
+    say,
+    start_folder,
+    transcript,
+    trim_memory,
+    write_json,
+)
+from policy import load_policy
 from predictor import PREDICTORS, concentrations, predict, score_and_update
-from questions import draw_pool, evaluate, load_data
-from react_env import DataError, write_predictions
 from rollout import MOST_TOKENS, forget_caches, grow, prefill
-from runs import (MOST_BAD, Clock, Lines, NotFinite, State, UsageError, ctrl_c, describe,
-                  fresh_folder, load_checkpoint, own_dials, parse_config, save_checkpoint, say,
-                  start_folder, transcript, trim_memory, write_json)
-from tree import (ADVANTAGES, TARGETS, advantages, backup, has_contrast, leaves, nodes, path,
-                  prefixes, repeat_probs, sampled_tokens)
+from tree import (
+    ADVANTAGES,
+    TARGETS,
+    advantages,
+    backup,
+    has_contrast,
+    leaves,
+    nodes,
+    path,
+    prefixes,
+    repeat_probs,
+    sampled_tokens,
+)
+from world.files import DataError, write_predictions
+from world.questions import draw_pool, load_data
 
 HERE = Path(__file__).resolve().parent
 LOWEST = {"steps": 0, "budget": 1, "num_continuations": 0, "pool_size": 1, "group_size": 2,
@@ -153,7 +181,7 @@ class Config:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: "
                                  f"choose from {', '.join(names)}")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        here = HERE / self.model  # tiny, tiny2: wherever we are started
+        here = HERE / "world" / self.model  # tiny, tiny2: wherever we are started
         self.model_path = str(here) if self.model.isalnum() and here.is_dir() else self.model
         self.bare_prompt = knows_bare_prompt(self.model_path)
         if self.learning_rate is None:
@@ -264,6 +292,39 @@ def train_step(config, state, policy, predictor, data):
         "cut_observations": sum(node.cut_observation for node in turns),
         "overflowed_episodes": sum(node.overflowed for node in turns),
         **{f"time_{name}_s": round(clock[name], 3) for name in clock}}
+
+
+# ---------------------------------------------------------------- evaluation
+def evaluate(policy, env, questions, progress=None, first=None):
+    """Greedy episodes -> {em, em_first (of the `first` questions), f1 (0 to 1), tokens (sampled,
+    per episode), by_hops, by_kind, by_trap (exact match of groups; toy questions name the traps
+    they hold), predictions}."""
+    scores, predictions, tokens = {}, {}, 0
+    size = max(1, policy.cache_tokens // policy.context)
+    for i in range(0, len(questions), size):
+        roots = [policy.root(q, env) for q in questions[i:i + size]]
+        for leaf in grow(policy, env, roots, [1] * len(roots), temperature=0):
+            question = leaf.state.question
+            predictions[question.id] = leaf.state.prediction or ""
+            scores[question.id] = question.score(leaf.state.prediction)
+        tokens += sum(sampled_tokens(root) for root in roots)
+        forget_caches(roots)
+        if progress:
+            progress(len(roots))
+
+    def mean_by(keys):
+        groups = defaultdict(list)
+        for q in questions:
+            for key in keys(q):
+                groups[str(key)].append(scores[q.id]["em"])
+        return {name: float(np.mean(values)) for name, values in sorted(groups.items())}
+
+    return {"em": float(np.mean([s["em"] for s in scores.values()])),
+            "em_first": float(np.mean([scores[q.id]["em"] for q in questions[:first]])),
+            "f1": float(np.mean([s["f1"] for s in scores.values()])),
+            "tokens": tokens / len(questions), "by_hops": mean_by(lambda q: [q.num_hops]),
+            "by_kind": mean_by(lambda q: [q.kind]),
+            "by_trap": mean_by(lambda q: getattr(q, "traps", ())), "predictions": predictions}
 
 
 # ---------------------------------------------------------------- a run and its folder

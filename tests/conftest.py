@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from policy import load_policy
-from trace_mini import Config, load_data
+from trace_mini import Config
+from world.questions import load_data
 
 torch.set_num_threads(1)  # two threads on work as small as this mostly wait for each other
 SMALL = bool(os.environ.get("TRACE_MINI_SMALL"))  # the long tests in the size of .ci/run

@@ -12,13 +12,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-import ablate
-from ablate import PRESETS, Run, lock_folders, main, made_with, num_steps, plan, score_transfer
 from conftest import assert_refused
-from tables import (area, differences, finished, interval, last, percent, read_rows, report, table,
-                    token_share, write_rows)
-from trace_mini import HERE, Config, load_data
+
+from lab import ablate
+from lab.ablate import PRESETS, Run, lock_folders, made_with, main, num_steps, plan, score_transfer
+from lab.tables import (
+    area,
+    differences,
+    finished,
+    interval,
+    last,
+    percent,
+    read_rows,
+    report,
+    table,
+    token_share,
+    write_rows,
+)
+from trace_mini import HERE, Config
+from world.questions import load_data
 
 SMALL = ("--steps 2 --budget 400 --eval-every 1 --eval-questions 5 --final-eval-questions 8 "
          "--articles 150 --checkpoint-every 1 --pool-size 8")
@@ -65,7 +77,7 @@ def test_hash_knows_dials_weights_and_world_and_nothing_else(tmp_path):
     others = [Config(articles=150, learning_rate=1e-3), Config(articles=151),
               Config(articles=150, wiki_seed=1), Config(articles=150, method="grpo")]
     assert len({base, *map(made_with, others)}) == 5
-    shutil.copytree(HERE / "tiny", tmp_path / "model")
+    shutil.copytree(HERE / "world" / "tiny", tmp_path / "model")
     before = made_with(Config(model=str(tmp_path / "model"), articles=150))
     with open(tmp_path / "model" / "model.safetensors", "ab") as stream:
         stream.write(b" ")
@@ -147,7 +159,7 @@ def test_effective_ratio_stands_at_equal_leaves_only(done):
 def test_what_did_not_run_stands_in_the_table_with_its_command(done):
     line = next(line for line in table("main", RUNS, done) if line[0] == "pcl")
     assert line[1] == "not run (0 of 3)" and set(line[2:-1]) == {"–"}
-    assert line[-1] == "`python ablate.py --preset main --arms pcl`"
+    assert line[-1] == "`python -m lab.ablate --preset main --arms pcl`"
     assert "Nothing ran yet" in report("main", RUNS, {}) and "not run" in report("main", RUNS, {})
 
 
@@ -215,7 +227,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, capsys):
 def test_two_calls_do_not_write_to_one_folder(folders, capsys):
     held = lock_folders({folders / "runs" / "quick"})
     assert main(["--flags=--steps 1"]) == 2 and held
-    assert "another ablate.py" in capsys.readouterr().err
+    assert "another lab.ablate" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- a grid, as a user runs it
@@ -403,7 +415,7 @@ def test_what_the_readme_says_of_the_results_is_in_the_files():
 def test_the_readme_names_every_preset_that_lacks_runs(preset):
     runs = plan(preset)
     missing = len(ablate.gather(preset, runs)[2]) < len(runs)
-    assert (f"| `python ablate.py --preset {preset}` |" in readme_text()) == missing
+    assert (f"| `python -m lab.ablate --preset {preset}` |" in readme_text()) == missing
 
 
 def test_every_number_in_the_readme_is_that_of_the_files():

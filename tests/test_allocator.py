@@ -10,12 +10,22 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import allocator
-from allocator import (PREFIX_RULES, ROOT_RULES, Anchors, allocate_roots, beta_moment,
-                       expand_prefixes, expected_flip_prob, expected_mixed_prob,
-                       flip_prob, mixed_prob)
+from allocator import (
+    PREFIX_RULES,
+    ROOT_RULES,
+    Anchors,
+    allocate_roots,
+    beta_moment,
+    expand_prefixes,
+    expected_flip_prob,
+    expected_mixed_prob,
+    flip_prob,
+    mixed_prob,
+)
 
 AWKWARD = [0.0, 1.0, 0.5, 0.3, 0.7, 1e-9, 1 - 1e-9, 0.05]   # 0.3 and 0.7 tie
 chance = st.one_of(st.sampled_from(AWKWARD), st.floats(0, 1))

@@ -3,13 +3,13 @@ import json
 
 import numpy as np
 import pytest
-
-import bench
-from allocator import allocate_roots, expand_prefixes, flip_prob, mixed_prob
-from alternatives import by_paths, plain_prefixes, plain_react, plain_roots
 from conftest import fresh_policy
-from rollout import grow
 from test_policy import expanded, gradient_of
+
+from allocator import allocate_roots, expand_prefixes, flip_prob, mixed_prob
+from lab import bench
+from lab.alternatives import by_paths, plain_prefixes, plain_react, plain_roots
+from rollout import grow
 from tree import advantages, sampled_tokens
 
 

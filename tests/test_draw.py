@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from draw import (STEPS, draw_arms, draw_curve, draw_cycle, draw_tree, mean_and_band, student_t,
-                  tree_text)
+from engine.draw import STEPS, draw_curve, draw_cycle, draw_tree, tree_text
+from lab.pictures import draw_arms, mean_and_band
+from lab.tables import student_t
 from react_env import Episode, Question
 from tree import Node, backup, nodes
 

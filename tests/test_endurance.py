@@ -16,13 +16,14 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, metrics, timeless
 
 import trace_mini
-from conftest import SMALL, metrics, timeless
+from engine.runs import State, load_checkpoint
 from predictor import PREDICTORS, HeadPredictor
-from runs import State, load_checkpoint
-from trace_mini import HERE, Config, load_data, main, train_step
+from trace_mini import HERE, Config, main, train_step
 from tree import nodes
+from world.questions import load_data
 
 pytestmark = pytest.mark.long
 TINY = ["--articles", "100", "--eval-questions", "4", "--pool-size", "2", "--budget", "40",

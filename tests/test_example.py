@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from allocator import allocate_roots, expand_prefixes, flip_prob, mixed_prob
-from example import ENV, QUESTION, example_tree, wrote
 from react_env import exact_match
 from tree import TARGETS, advantages, leaves, nodes, path, prefixes
+from world.example import ENV, QUESTION, example_tree, wrote
 
 ROOT2 = 2 ** 0.5  # the standard deviation under a1 and b1 is sqrt(2/9) = ROOT2 / 3
 

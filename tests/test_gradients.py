@@ -1,10 +1,10 @@
 """Gradients of arms on a policy that stands still: the estimators, and a run of the command."""
 import numpy as np
 import pytest
-
 from conftest import assert_refused
-from gradients import compare, main
-from tables import read_rows
+
+from lab.gradients import compare, main
+from lab.tables import read_rows
 from trace_mini import main as train
 from tree import ADVANTAGES
 

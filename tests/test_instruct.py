@@ -10,19 +10,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import assert_refused, fresh_policy
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_objects
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, Gemma2Config, GptOssConfig, GraniteConfig,
-                          LlamaConfig, PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
-import bench_gpu
-from conftest import assert_refused, fresh_policy
-from loading import QUIET, ModelError, compute_dtype
+from engine.loading import QUIET, ModelError, compute_dtype
+from engine.runs import parse_config
+from lab import bench_gpu
 from policy import free_bytes, load_policy
 from react_env import FEW_SHOT, Question, ReActEnv, Wiki
 from rollout import ended, forget_caches, grow, held_tokens, observation_ids, prefill
-from runs import parse_config
 from trace_mini import HERE, Config, evaluate, main
 from tree import leaves, nodes, path, path_ids, prefixes
 
@@ -210,8 +217,8 @@ def test_update_save_load_merge_evaluate(instruct, tmp_path):
 def test_what_a_gpu_computes(folders, monkeypatch, family, four_bit):
     """On CPU, but in bfloat16, through transformers' SDPA, and with checkpointing: adapters stay
     in 32 bits, log-probs are the update's to rounding, and nobody is warned of anything."""
-    monkeypatch.setattr("loading.compute_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr("packing.GROUPED", set())
+    monkeypatch.setattr("engine.loading.compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("engine.attention.GROUPED", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for message in QUIET:
@@ -237,7 +244,7 @@ def test_what_a_gpu_computes(folders, monkeypatch, family, four_bit):
 def test_models_that_compute_something_else_are_refused(tmp_path, monkeypatch, dtype):
     """Granite divides its logits, GPT-OSS attends to sinks as well. But 28 layers that round to
     16 bits are no reason: that once refused every model on every modern card."""
-    monkeypatch.setattr("loading.compute_dtype", lambda device: dtype)
+    monkeypatch.setattr("engine.loading.compute_dtype", lambda device: dtype)
     for make, changed in ((GraniteConfig, {"logits_scaling": 4.0}),
                           (GptOssConfig, {"num_local_experts": 2, "num_experts_per_tok": 1}),
                           (Qwen2Config, {"num_hidden_layers": 28, "initializer_range": 0.12})):
@@ -252,7 +259,7 @@ def test_models_that_compute_something_else_are_refused(tmp_path, monkeypatch, d
 
 def test_a_copy_of_the_tiny_policy_wants_the_bare_prompt(folders, tmp_path):
     """A key in config.json says so, under any name; its sizes go with it."""
-    shutil.copytree(HERE / "tiny", tmp_path / "tiny")
+    shutil.copytree(HERE / "world" / "tiny", tmp_path / "tiny")
     tiny, copy, other = (Config(model=name) for name in
                          ("tiny", str(tmp_path / "tiny"), folders["llama"]))
     sizes = [(c.bare_prompt, c.turn_tokens, c.observation_tokens, c.context)
@@ -345,7 +352,7 @@ def test_hub_errors_are_one_line(monkeypatch, tmp_path, capsys):
     assert_refused(main, ["--model", "some/model", "--out", str(tmp_path / "out")],
                    "cannot be reached", capsys)
     cached = tmp_path / "models--some--model"
-    shutil.copytree(HERE / "tiny", cached / "snapshots" / "abc")
+    shutil.copytree(HERE / "world" / "tiny", cached / "snapshots" / "abc")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     policy = load_policy(Config(model="some/model"))
@@ -433,7 +440,7 @@ def test_a_single_episode_out_of_memory_is_one_line(tiny, monkeypatch, tmp_path,
     monkeypatch.setattr(policy, "forward", failing)
     with pytest.raises(torch.cuda.OutOfMemoryError), pytest.warns(UserWarning, match="halving"):
         played(policy, data)
-    monkeypatch.setattr("questions.grow", failing)
+    monkeypatch.setattr("trace_mini.grow", failing)
     assert_refused(main, ["--out", str(tmp_path), "--articles", "100", "--eval-questions", "1"],
                    "--micro-batch-tokens", capsys)
 

@@ -4,12 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
 from conftest import fresh_policy
+
+from engine.sampling import draw, keyed_uniforms, truncated_logprobs
 from policy import load_policy, token_losses
-from rollout import draw, ended, grow, keyed_uniforms, prefill, truncated_logprobs
-from trace_mini import HERE, Config, load_data
+from rollout import ended, grow, prefill
+from trace_mini import HERE, Config
 from tree import Node, advantages, backup, leaves, nodes, path, path_ids, prefixes
+from world.questions import load_data
 
 
 def grown(policy, data, num=4, count=4, seed=0):
@@ -58,7 +60,7 @@ def test_plain_matrices_are_the_layers(policy):
 def test_gpt2_samples_through_its_own_layers(tmp_path):
     """Its layers hold their matrices transposed: no plain ones there, and right log-probs."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-    tokenizer = AutoTokenizer.from_pretrained(str(HERE / "tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(str(HERE / "world" / "tiny"))
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4,
                                n_positions=2048, eos_token_id=0, bos_token_id=0,
                                resid_pdrop=0.3)).save_pretrained(tmp_path)  # we switch it off
@@ -230,7 +232,7 @@ def test_packed_equals_path_by_path(policy, data):
 def test_a_capped_attention_in_a_pack(tmp_path):
     """Gemma 2 caps the logits of its attention, which SDPA cannot: sampled, packed and alone."""
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
-    tokenizer = AutoTokenizer.from_pretrained(str(HERE / "tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(str(HERE / "world" / "tiny"))
     torch.manual_seed(0)
     Gemma2ForCausalLM(Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2,

@@ -8,8 +8,18 @@ import pytest
 import torch
 
 from allocator import predicted_mixed_prob
-from predictor import (CLIP, PREDICTORS, Features, auroc, brier, concentrations, features, lessons,
-                       predict, score_and_update)
+from predictor import (
+    CLIP,
+    PREDICTORS,
+    Features,
+    auroc,
+    brier,
+    concentrations,
+    features,
+    lessons,
+    predict,
+    score_and_update,
+)
 from rollout import grow
 from tree import all_targets, backup, fresh_targets, nodes, prefixes
 

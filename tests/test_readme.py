@@ -10,14 +10,14 @@ from functools import cache
 import numpy as np
 import pytest
 import yaml
+from test_instruct import make_model
 
 from allocator import Anchors, equal_groups
+from engine.runs import parse_config
+from lab.tables import read_rows
 from policy import load_policy
-from runs import parse_config
-from tables import read_rows
-from test_instruct import make_model
-from toy_wiki import make_questions, make_world
 from trace_mini import HERE, Config, main
+from world.toy import make_questions, make_world
 
 TEXT = (HERE / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"(?:^|`|&& )python (\w+\.py(?: [^`#\n]*)?)", TEXT, re.MULTILINE)))
@@ -99,8 +99,8 @@ def test_every_command_of_the_wiki_runs(tmp_path):
     short = ("import sys, warm_start as w; fit = w.fit; w.report = lambda *a, **k: None; "
              "w.fit = lambda model, data, steps, *a, **k: fit(model, data, 2, *a, **k); "
              "import toy_wiki; sys.argv[1:] = ['--build-tiny']; toy_wiki.main()")
-    for command, word in ((["toy_wiki.py"], "Question ("), (["-c", short], "flawed: step"),
-                          (["toy_wiki.py", "--oracle", "200"], "200 of 200 solved")):
+    for command, word in ((["-m", "world.toy"], "Question ("), (["-c", short], "flawed: step"),
+                          (["-m", "world.toy", "--oracle", "200"], "200 of 200 solved")):
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, check=True,
                               capture_output=True, text=True)
         assert word in done.stdout
@@ -111,7 +111,7 @@ def test_the_figure_is_drawn_by_its_command(tmp_path):
     for file in HERE.glob("*.py"):
         shutil.copy(file, tmp_path)
     (tmp_path / "results").mkdir()
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True,
+    done = subprocess.run([sys.executable, "-m", "world.example"], cwd=tmp_path, check=True,
                           capture_output=True, text=True)
     assert "◆ Search[The Silent Bridge]" in done.stdout
     assert (tmp_path / "results" / "tree.png").read_bytes().startswith(b"\x89PNG")

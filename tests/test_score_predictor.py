@@ -3,10 +3,10 @@ import csv
 
 import numpy as np
 import pytest
-
-import score_predictor
 from conftest import assert_refused
-from score_predictor import BARE, PER_BARE, Sample, main, objective, reliability, scores
+
+from lab import score_predictor
+from lab.score_predictor import BARE, PER_BARE, Sample, main, objective, reliability, scores
 from trace_mini import main as train
 
 

@@ -4,8 +4,8 @@ from collections import Counter
 import pytest
 
 from react_env import ReActEnv
-from toy_wiki import (RELATION, RELATIONS, make_questions, make_world, oracle, read_value,
-                      run_agent)
+from world.toy import make_questions, make_world, oracle, read_value, run_agent
+from world.words import RELATION, RELATIONS
 
 WORLD = make_world(1000, 0)
 

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import assert_refused, fresh_policy, metrics, timeless
 
 import trace_mini
 from allocator import PREFIX_RULES, ROOT_RULES
-from conftest import assert_refused, fresh_policy, metrics, timeless
+from engine.runs import State, UsageError, load_checkpoint, start_folder
 from predictor import PREDICTORS
-from runs import State, UsageError, load_checkpoint, start_folder
-from trace_mini import ARMS, POOL, Config, draw_pool, load_data, main, train_step
+from trace_mini import ARMS, POOL, Config, main, train_step
 from tree import Node, leaves, sampled_tokens
+from world.questions import draw_pool, load_data
 
 SMALL = ["--budget", "400", "--max-turns", "4", "--eval-questions", "10", "--pool-size", "12",
          "--articles", "100", "--checkpoint-every", "1"]
@@ -45,7 +46,7 @@ def test_run_folder(finished):
 def test_adapter_loads_with_peft_alone(finished):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    base = AutoModelForCausalLM.from_pretrained(str(trace_mini.HERE / "tiny"), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(str(trace_mini.HERE / "world" / "tiny"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(finished / "adapter"))
     assert any("lora_B" in name and weight.abs().sum() > 0
                for name, weight in model.named_parameters())
@@ -268,7 +269,7 @@ def test_a_pool_never_holds_a_question_twice(data):
 def random_model(folder, hidden_size=64):
     """A small random Qwen2 with the tiny tokenizer, its head padded as large models' are."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-    tokenizer = AutoTokenizer.from_pretrained(str(trace_mini.HERE / "tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(str(trace_mini.HERE / "world" / "tiny"))
     torch.manual_seed(0)
     Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer) + 64, hidden_size=hidden_size, intermediate_size=128,

@@ -13,8 +13,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tree import (ADVANTAGES, EPSILON, TARGETS, Node, advantages, backup, has_contrast, leaves,
-                  nodes, path, path_ids, prefixes, repeat_probs, sampled_tokens)
+from tree import (
+    ADVANTAGES,
+    EPSILON,
+    TARGETS,
+    Node,
+    advantages,
+    backup,
+    has_contrast,
+    leaves,
+    nodes,
+    path,
+    path_ids,
+    prefixes,
+    repeat_probs,
+    sampled_tokens,
+)
 
 
 def turn(parent, first_id, reward=None, num_sampled=2, sample=0):

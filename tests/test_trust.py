@@ -16,16 +16,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, assert_refused, metrics, timeless
+from test_instruct import FAMILIES, make_tokenizer
 from transformers import AutoTokenizer
 
 import predictor
 import trace_mini
-from conftest import SMALL, assert_refused, metrics, timeless
+from engine.runs import MOST_BAD, load_checkpoint
 from policy import Policy
-from react_env import (Question, ReActEnv, Wiki, action_end, observation_text, parse_action,
-                       split_completion)
-from runs import MOST_BAD, load_checkpoint
-from test_instruct import FAMILIES, make_tokenizer
+from react_env import (
+    Question,
+    ReActEnv,
+    Wiki,
+    action_end,
+    observation_text,
+    parse_action,
+    split_completion,
+)
 from trace_mini import HERE, main, train_step
 from tree import nodes
 
@@ -325,7 +332,7 @@ def check_texts(num):
     policies = [SimpleNamespace(family=family, tokenizer=make_tokenizer(family))
                 for family in FAMILIES]
     policies.append(SimpleNamespace(
-        family="tiny", tokenizer=AutoTokenizer.from_pretrained(HERE / "tiny")))
+        family="tiny", tokenizer=AutoTokenizer.from_pretrained(HERE / "world" / "tiny")))
     special = sorted({token.content for policy in policies
                       for token in policy.tokenizer.added_tokens_decoder.values()})
     assert len(special) > 10
@@ -429,7 +436,7 @@ def spoil(model, how, tmp_path):
     "empty tokenizer.json", "half tokenizer.json"])
 def test_a_bad_model_folder_is_one_line(how, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # had anything asked to run code
-    model = shutil.copytree(HERE / "tiny", tmp_path / "model")
+    model = shutil.copytree(HERE / "world" / "tiny", tmp_path / "model")
     spoil(model, how, tmp_path)
     before = contents(model)
     assert_refused(main, ["--model", str(model), "--out", str(tmp_path / "out"), *TINY],

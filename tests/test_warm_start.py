@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from react_env import ReActEnv
-from toy_wiki import make_questions, make_world, never, oracle, run_agent
-from warm_start import FAULTS, as_llama, flawed, make_model, make_tokenizer
+from world.toy import make_questions, make_world, never, oracle, run_agent
+from world.warm_start import FAULTS, as_llama, flawed, make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What fits on which card, and how fast: python bench_gpu.py (one NVIDIA GPU, planned for 20 min)
+"""What fits on which card, and how fast: python -m lab.bench_gpu (one NVIDIA GPU, planned for 20 min)
 
 Nothing is downloaded: random weights in the shapes of Qwen2.5 (up to 16 GB in the temporary
 folder), loaded and used as trace_mini.py does, with PyTorch's memory capped to what a card of 6,
@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alternatives import credits_of
-from policy import ModelError, load_policy
-from questions import load_data
+from engine.loading import ModelError
+from engine.runs import write_json
+from lab.alternatives import credits_of
+from policy import load_policy
 from rollout import forget_caches, grow
-from runs import write_json
 from trace_mini import HERE, Config
 from tree import Node, leaves, path, sampled_tokens
+from world.questions import load_data
 
 # hidden size, MLP size, layers, heads, key-value heads, words, one matrix for input and output?
 SHAPES = {"test": (64, 64, 2, 2, 1, 2048, True),
@@ -69,8 +70,8 @@ def make_model(folder, shape):
         files[name] = f"{name}.safetensors"
         save_file({name: weight.bfloat16().cpu()}, folder / files[name], {"format": "pt"})
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
-    shutil.copy(HERE / "tiny" / "tokenizer_config.json", folder)
-    tokenizer = json.loads((HERE / "tiny" / "tokenizer.json").read_text())
+    shutil.copy(HERE / "world" / "tiny" / "tokenizer_config.json", folder)
+    tokenizer = json.loads((HERE / "world" / "tiny" / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary.update({f"w{i}": i for i in range(len(vocabulary), words)})
     write_json(folder / "tokenizer.json", tokenizer)
@@ -252,7 +253,8 @@ def main(arguments=None):
             for row in cases(shape, largest):
                 if key(row) in map(key, rows):
                     continue
-                done = subprocess.run([sys.executable, __file__, "--case", json.dumps(row), folder],
+                done = subprocess.run([sys.executable, "-m", "lab.bench_gpu", "--case", json.dumps(row),
+                                       folder], cwd=HERE,
                                       capture_output=True, text=True)
                 if done.returncode:  # not a row: the next call tries again
                     num_failed += 1

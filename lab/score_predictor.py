@@ -1,4 +1,4 @@
-"""How good is the success predictor? python score_predictor.py RUN_FOLDER [--out results]
+"""How good is the success predictor? python -m lab.score_predictor RUN_FOLDER [--out results]
 
 Repeats the run from its configuration and pauses at several steps. All predictors learn from
 the very same trees; at a pause each is scored on held-out questions, at their roots and at the
@@ -21,16 +21,17 @@ from typing import NamedTuple
 import numpy as np
 
 from allocator import allocate_roots, expand_prefixes, flip_prob, mixed_prob
-from draw import COLOURS, STYLES, Picture
-from policy import ModelError, load_policy
+from engine.draw import COLOURS, STYLES, Picture
+from engine.loading import ModelError
+from engine.runs import Parser, State, UsageError, read_config
+from lab.tables import write_rows
+from policy import load_policy
 from predictor import PREDICTORS, auroc, brier, features, lessons, monte_carlo_value
-from questions import load_data
-from react_env import DataError
 from rollout import grow, prefill
-from runs import Parser, State, UsageError, read_config
-from tables import write_rows
 from trace_mini import Config, train_step
 from tree import prefixes, repeat_probs
+from world.files import DataError
+from world.questions import load_data
 
 BARE = 3       # bare rollouts per prompt whose prefixes are scored, near what stage 1 deals
 PER_ROOT = 2   # M / pool size in J, near what the default budget buys
@@ -233,7 +234,7 @@ def main(arguments=None):
     try:
         run(parser.parse_args(arguments))
     except (UsageError, DataError, ModelError) as error:
-        print(f"score_predictor.py: {error}", file=sys.stderr)
+        print(f"lab.score_predictor: {error}", file=sys.stderr)
         return 2
     return 0
 

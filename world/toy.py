@@ -1,6 +1,6 @@
 """A fictional Wikipedia made from a seed, its questions, and an oracle that answers them.
 
-    from toy_wiki import make_world, make_questions
+    from world.toy import make_world, make_questions
     world = make_world(num_articles=1000, seed=0)            # any size, 100 to 100,000
     questions = make_questions(world, 500, seed=1, split="train")
 
@@ -16,8 +16,8 @@ makes the world worth learning in:
   nothing and answers with similar titles, of which one is meant.
 
 Questions are plans over functional relations, so every answer is unique by construction.
-`python toy_wiki.py --oracle 10000` lets the oracle, who reads values from observations
-only, answer them; `python toy_wiki.py` prints a few articles and questions.
+`python -m world.toy --oracle 10000` lets the oracle, who reads values from observations
+only, answer them; `python -m world.toy` prints a few articles and questions.
 """
 import argparse
 import hashlib
@@ -28,8 +28,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from react_env import Question, ReActEnv, Wiki
-from toy_words import (ADJECTIVES, BY_OWNER, FILLERS, GIVEN, LABELS, NOUNS, RELATION, RELATIONS,
-                       SHARES, SYLLABLES, YEAR_OF)
+from world.words import (
+    ADJECTIVES,
+    BY_OWNER,
+    FILLERS,
+    GIVEN,
+    LABELS,
+    NOUNS,
+    RELATION,
+    RELATIONS,
+    SHARES,
+    SYLLABLES,
+    YEAR_OF,
+)
 
 SHOWN_SENTENCES = 5  # what Search shows; a fact that stands later needs Lookup
 
@@ -389,13 +400,7 @@ def main():
     parser.add_argument("--articles", type=int, default=1000, help="articles in the wiki")
     parser.add_argument("--seed", type=int, default=0, help="seed of the wiki")
     parser.add_argument("--oracle", type=int, metavar="N", help="let the oracle answer N questions")
-    parser.add_argument("--build-tiny", action="store_true",
-                        help="rebuild the embedded policy in tiny/ (about 15 minutes on two cores; "
-                        "with --seed 1 another one, in tiny2/)")
     args = parser.parse_args()
-    if args.build_tiny:
-        from warm_start import build_tiny
-        return build_tiny(args.seed)
     world = make_world(args.articles, args.seed)
     env = ReActEnv(world.wiki)
     questions = make_questions(world, args.oracle or 8)

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from tree import leaves, path
 
-
 DECAY = 0.9  # of counted outcomes and tokens, whenever a step adds to them
 MEMORY = {"cache_tokens", "micro_batch_tokens", "gradient_checkpointing", "logit_chunk"}  # dials
 FREE = MEMORY | {"resume", "steps", "eval_only"}  # what may change when a run goes on

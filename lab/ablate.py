@@ -1,4 +1,4 @@
-"""Arms x seeds at equal sampled tokens -> rows, tables, figures: python ablate.py --preset quick
+"""Arms x seeds at equal sampled tokens -> rows, tables, figures: python -m lab.ablate --preset quick
 
 Every run is a `python trace_mini.py` of its own in a folder under runs/ablate/PRESET; after a
 kill, the same line goes on. A finished run becomes one row per evaluation in results/PRESET.csv;
@@ -25,16 +25,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from draw import draw_arms
-from policy import ModelError, load_policy
-from questions import evaluate, load_data
+from engine.loading import ModelError
+from engine.runs import (
+    Parser,
+    UsageError,
+    checkpoint_file,
+    load_checkpoint,
+    parse_config,
+    write_json,
+)
+from lab.pictures import draw_arms
+from lab.tables import differences, finished, read_rows, report, write_rows
+from policy import load_policy
 from react_env import ReActEnv
-from runs import (Parser, UsageError, checkpoint_file, load_checkpoint, parse_config,
-                  write_json)
-from tables import differences, finished, read_rows, report, write_rows
-from toy_wiki import make_questions, make_world
-from trace_mini import HERE, Config
+from trace_mini import HERE, Config, evaluate
 from tree import ADVANTAGES
+from world.questions import load_data
+from world.toy import make_questions, make_world
 
 # Steps, tokens and evaluations: those of a lesson, and those of everything else
 SHORT = "--steps 12 --budget 6000 --eval-every 4 --eval-questions 100 --final-eval-questions 200"
@@ -178,7 +185,7 @@ def lock_folders(folders):
         for file in files:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UsageError(f"{Path(file.name).parent}: another ablate.py, or what a killed one left "
+        raise UsageError(f"{Path(file.name).parent}: another lab.ablate, or what a killed one left "
                          "running, is at work there") from None
     return files
 
@@ -186,7 +193,7 @@ def lock_folders(folders):
 def start(run, jobs, lock):
     """-> the process of a run, which goes on from its newest checkpoint if there is one."""
     if run.where:
-        command = ["ablate.py", "--score", run.folder, run.where]
+        command = ["-m", "lab.ablate", "--score", run.folder, run.where]
     elif list(run.folder.glob("checkpoint/*.pt")):
         command = ["trace_mini.py", "--resume", run.folder]
     else:
@@ -354,7 +361,7 @@ def main(arguments=None):
         return run_preset(args.preset, [arm for arm in args.arms.split(",") if arm], args.jobs,
                           args.dev, args.flags, args.table)
     except (UsageError, ModelError) as error:
-        print(f"ablate.py: {error}", file=sys.stderr)
+        print(f"lab.ablate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -13,8 +13,8 @@ a1 2/3, b1 1/3. The embedded tiny policy really answers this question in these w
 import numpy as np
 
 from react_env import Question, ReActEnv, Wiki, observation_text, prompt_text
-from toy_wiki import turn
 from tree import Node, backup
+from world.toy import turn
 
 QUESTION = Question("example", "What is the birth year of the author of The Silent Bridge?",
                     ("1834",), "bridge", 2, ("The Silent Bridge", "Ada Velkan"), "toy")
@@ -84,7 +84,7 @@ def check(given, want):
 if __name__ == "__main__":
     from pathlib import Path
 
-    from draw import draw_tree, tree_text
+    from engine.draw import draw_tree, tree_text
     print(tree_text(example_tree(), wrote))
     draw_tree(example_tree(), wrote, "Two bare rollouts, then four continuations").write(
-        Path(__file__).parent / "results" / "tree.png")
+        Path(__file__).parents[1] / "results" / "tree.png")

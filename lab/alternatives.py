@@ -9,11 +9,11 @@ from transformers import StoppingCriteria
 
 from allocator import mixed_prob
 from policy import load_policy
-from questions import load_data
 from react_env import split_completion
 from rollout import ended, observation_ids
 from trace_mini import Config
 from tree import nodes, path, path_ids
+from world.questions import load_data
 
 
 def plain_roots(v, budget, cap):

@@ -1,15 +1,14 @@
 """Questions to train on and to evaluate on, where they come from, and greedy evaluation."""
-from collections import Counter, defaultdict
+from collections import Counter
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
-from react_env import ReActEnv, load_questions
-from rollout import forget_caches, grow
-from runs import UsageError
-from toy_wiki import make_questions, make_world
-from tree import sampled_tokens
+from engine.runs import UsageError
+from react_env import ReActEnv
+from world.files import load_questions
+from world.toy import make_questions, make_world
 
 NUM_TOY_QUESTIONS = 4000
 
@@ -74,33 +73,3 @@ def draw_pool(questions, num, cursor, seed):
     return list(pool.values()), cursor
 
 
-def evaluate(policy, env, questions, progress=None, first=None):
-    """Greedy episodes -> {em, em_first (of the `first` questions), f1 (0 to 1), tokens (sampled,
-    per episode), by_hops, by_kind, by_trap (exact match of groups; toy questions name the traps
-    they hold), predictions}."""
-    scores, predictions, tokens = {}, {}, 0
-    size = max(1, policy.cache_tokens // policy.context)
-    for i in range(0, len(questions), size):
-        roots = [policy.root(q, env) for q in questions[i:i + size]]
-        for leaf in grow(policy, env, roots, [1] * len(roots), temperature=0):
-            question = leaf.state.question
-            predictions[question.id] = leaf.state.prediction or ""
-            scores[question.id] = question.score(leaf.state.prediction)
-        tokens += sum(sampled_tokens(root) for root in roots)
-        forget_caches(roots)
-        if progress:
-            progress(len(roots))
-
-    def mean_by(keys):
-        groups = defaultdict(list)
-        for q in questions:
-            for key in keys(q):
-                groups[str(key)].append(scores[q.id]["em"])
-        return {name: float(np.mean(values)) for name, values in sorted(groups.items())}
-
-    return {"em": float(np.mean([s["em"] for s in scores.values()])),
-            "em_first": float(np.mean([scores[q.id]["em"] for q in questions[:first]])),
-            "f1": float(np.mean([s["f1"] for s in scores.values()])),
-            "tokens": tokens / len(questions), "by_hops": mean_by(lambda q: [q.num_hops]),
-            "by_kind": mean_by(lambda q: [q.kind]),
-            "by_trap": mean_by(lambda q: getattr(q, "traps", ())), "predictions": predictions}

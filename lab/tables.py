@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from draw import mean_and_band, student_t
+from lab.pictures import mean_and_band, student_t
 
 EQUAL_LEAVES = 0.05  # Effective Ratios are compared where leaves per prompt differ by less
 
@@ -118,7 +118,7 @@ def table(preset, runs, done):
             "–" if share is None else "never" if np.isnan(share) else f"{100 * share:.0f} %",
             f"{mean('effective_ratio', ours):.2f}" if equal else "–",
             f"{np.median([rows[-1]['minutes'] for rows in mine.values()]):.1f}" if mine else "–",
-            f"`python ablate.py --preset {preset} --arms {arm}`"))
+            f"`python -m lab.ablate --preset {preset} --arms {arm}`"))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Speed and memory, measured side by side in one run: python bench.py
+"""Speed and memory, measured side by side in one run: python -m lab.bench
 
 Machines are noisy, so nothing here is a pass or a fail. A row that has an alternative times
 both in turn, A B A B ..., and gives the median of the pairwise ratios with their range; a
@@ -20,17 +20,24 @@ import torch
 
 import trace_mini
 from allocator import allocate_roots, expand_prefixes, flip_prob
-from alternatives import (by_paths, credits_of, peak_megabytes, plain_prefixes, plain_react,
-                          plain_roots, trl_steps)
+from engine.runs import State, trim_memory, write_json
+from lab.alternatives import (
+    by_paths,
+    credits_of,
+    peak_megabytes,
+    plain_prefixes,
+    plain_react,
+    plain_roots,
+    trl_steps,
+)
 from policy import load_policy
 from predictor import PREDICTORS
-from questions import load_data
-from react_env import load_questions
 from rollout import forget_caches, grow
-from runs import State, trim_memory, write_json
-from toy_wiki import make_world
 from trace_mini import Config, train_step
 from tree import Node, leaves, nodes, path, path_ids, prefixes, sampled_tokens
+from world.files import load_questions
+from world.questions import load_data
+from world.toy import make_world
 
 REPEATS = 5
 GROWTH = {"budget": (3000, 12_000, 48_000), "pool_size": (64, 256, 1024), "max_turns": (4, 8, 16),

@@ -1,6 +1,6 @@
 """Which allocation gives the better gradient? Arms side by side on one policy that stands still.
 
-`python gradients.py RUN` takes the policy of a run folder; every arm draws batches of its budget,
+`python -m lab.gradients RUN` takes the policy of a run folder; every arm draws batches of its budget,
 its predictor learning online as in a run, and no gradient is ever applied. A row per arm and
 advantage rule; all rules are measured on the very same trees:
 
@@ -22,16 +22,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from policy import ModelError, load_policy
+from engine.loading import ModelError
+from engine.runs import (
+    Parser,
+    State,
+    UsageError,
+    load_checkpoint,
+    parse_config,
+    read_config,
+    trim_memory,
+)
+from lab.tables import write_rows
+from policy import load_policy
 from predictor import PREDICTORS
-from questions import load_data
-from react_env import DataError
 from rollout import forget_caches, grow
-from runs import (Parser, State, UsageError, load_checkpoint, parse_config, read_config,
-                  trim_memory)
-from tables import write_rows
 from trace_mini import Config, train_step
 from tree import ADVANTAGES, advantages, backup
+from world.files import DataError
+from world.questions import load_data
 
 ARMS = {arm: f"--method {arm}" for arm in ("grpo", "pcl", "treepo", "root", "prefix", "trace")} | {
     "trace, pool 256": "--method trace --pool-size 256",
@@ -157,7 +165,7 @@ def main(arguments=None):
     try:
         run(parser.parse_args(arguments))
     except (UsageError, DataError, ModelError) as error:
-        print(f"gradients.py: {error}", file=sys.stderr)
+        print(f"lab.gradients: {error}", file=sys.stderr)
         return 2
     return 0
 
