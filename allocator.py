@@ -186,7 +186,6 @@ class Anchors:
     successes: np.ndarray | float = 0.0     # [n] decayed count at that prompt: roots
     failures: np.ndarray | float = 0.0      # [n] likewise
     cost: np.ndarray | float = 1.0          # [n] expected sampled tokens: prefixes
-    repeat: np.ndarray | float = 0.0        # [n] chance to sample the bare rollout again: prefixes
     group_size: int = 8                     # m of the equal-m rules, at least 2
     cap: int = 16                           # largest m; continuations have no cap
     concentration: np.ndarray | float = 0.0     # [n] trace: pseudo-counts of v's Beta; 0 = off
@@ -200,7 +199,6 @@ class Anchors:
               "> 0, or 0 everywhere")
         check("group_size and cap", min(self.group_size, self.cap) >= 2, ">= 2")
         check("cost", np.greater(self.cost, 0), "> 0")
-        check("repeat", np.less_equal(0, self.repeat) & np.less_equal(self.repeat, 1), "in [0, 1]")
 
 
 def equal_groups(pool, score, budget, size=None):
@@ -229,14 +227,12 @@ def trace_roots(pool, budget, rng):
 def trace_prefixes(prefixes, budget, rng):
     """Stage 2, exact given the floor, which is spread evenly. Cost-aware: largest gains
     per token, to within half a continuation of budget * mean cost tokens. With a
-    concentration c, q ~ Beta(c q, c (1-q)): gains still fall, so greedy stays exact.
-    With `repeat`, v is read as the odds of a continuation that does not repeat the bare
-    rollout; one that does flips nothing."""
+    concentration c, q ~ Beta(c q, c (1-q)): gains still fall, so greedy stays exact."""
     n = len(prefixes.v)
     c = np.broadcast_to(prefixes.concentration, n)
     units = round(prefixes.floor * budget)
     base = rng.permutation(deal_evenly(units, np.full(n, units)))
-    flip = flip_prob(prefixes.v, prefixes.outcome, 1) * (1 - np.asarray(prefixes.repeat))
+    flip = flip_prob(prefixes.v, prefixes.outcome, 1)
     if not c.any():
         first = flip * (1 - flip)**base
 

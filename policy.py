@@ -13,7 +13,7 @@ import torch
 
 from engine.attention import pack
 from engine.loading import ModelError, end_of_turn, first_line, load_model, prompt_ids
-from engine.sampling import RaggedCache, truncated_logprobs
+from engine.sampling import RaggedCache
 from tree import Node, path
 
 PLAIN_BYTES = 2 ** 28  # a model whose layers fit in this samples with plain matrices
@@ -203,8 +203,8 @@ class Policy:
         size = max(1, self.config.logit_chunk // self.head.weight.shape[0])
 
         def chunk(hidden, ids):
-            logprobs = truncated_logprobs(
-                self.logits(hidden), self.config.temperature, self.config.top_p, ids[:, None])
+            logprobs = torch.log_softmax(
+                self.logits(hidden).float() / self.config.temperature, -1)
             return logprobs.gather(-1, ids[:, None])[:, 0]
 
         if len(ids) <= size:
@@ -227,55 +227,39 @@ class Policy:
 
     # ------------------------------------------------------------ update
     def update(self, credits):
-        """Policy gradient on trees with credit, [{node: advantage}], `updates_per_batch` steps.
+        """One step of the policy gradient on trees with credit, [{node: advantage}].
 
-        The loss is the mean of `token_losses` over the sampled tokens of all nodes, each node
-        once: tokens that several rollouts share are trained once, with the mean advantage of
-        their leaves. With one update the ratio is 1 and only its gradient counts: the loss is
-        minus the mean advantage, near zero whatever is learnt. A loss or gradient that is not
-        finite changes nothing and is counted. -> metrics, of the last update"""
+        The loss is the mean over the sampled tokens of all nodes of minus advantage times
+        log-prob, each node once: tokens that several rollouts share are trained once, with the
+        mean advantage of their leaves. A loss or gradient that is not finite changes nothing and
+        is counted. -> metrics"""
         loss_tokens = sum(node.num_sampled for credit in credits for node in credit)
         weight = {node: value for credit in credits for node, value in credit.items()}
-        batches = list(self.micro_batches(weight))
+        loss_sum, num_batches = 0.0, 0
         self.model.train()
         self.optimizer.zero_grad()
-        num_skipped = 0
-        for _ in range(self.config.updates_per_batch):
-            loss_sum = 0.0
-            for nodes, owned in batches:
-                loss = self.losses(nodes, owned, weight).sum() / loss_tokens
-                loss.backward()
-                loss_sum += loss.item()
-            norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm))
-            if not (np.isfinite(norm) and np.isfinite(loss_sum)):
-                num_skipped += 1
-            elif batches:
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+        for nodes, owned in self.micro_batches(weight):
+            advantage = np.repeat([weight[node] for node in owned],
+                                  [node.num_sampled for node in owned])
+            advantage = torch.tensor(advantage, dtype=torch.float32, device=self.device)
+            loss = -(advantage * self.logprobs([(nodes, owned)])).sum() / loss_tokens
+            loss.backward()
+            loss_sum += loss.item()
+            num_batches += 1
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm))
+        skipped = not (np.isfinite(norm) and np.isfinite(loss_sum))
+        if num_batches and not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
         return {"loss": loss_sum, "grad_norm": norm, "loss_tokens": loss_tokens,
-                "update_skipped": num_skipped}
-
-    def losses(self, nodes, owned, weight):
-        """`token_losses` [n] of the sampled tokens of the nodes `owned`. The reference of the KL
-        term is the model without its adapter, because the adapter started at zero."""
-        config, reference = self.config, None
-        advantage = np.repeat([weight[node] for node in owned], [n.num_sampled for n in owned])
-        advantage = torch.tensor(advantage, dtype=torch.float32, device=self.device)
-        if config.kl:
-            with torch.no_grad(), self.model.disable_adapter():
-                reference = self.logprobs([(nodes, owned)])
-        logprobs = behaviour = self.logprobs([(nodes, owned)])
-        if config.updates_per_batch > 1:
-            behaviour = torch.tensor(np.concatenate([n.logprobs for n in owned])).to(self.device)
-        return token_losses(logprobs, behaviour.detach(), advantage, config.clip, reference,
-                            config.kl)
+                "update_skipped": int(skipped)}
 
     def micro_batches(self, weight):
         """[(nodes, owned)] of at most `micro_batch_tokens` tokens, or one path, that train every
         node with a weight once. A tree cut in two brings the path to the cut along."""
         batch, owned, num_tokens = {}, [], 0  # a dict keeps its order
         for node, value in weight.items():
-            if not node.num_sampled or not (value or self.config.kl):
+            if not node.num_sampled or not value:
                 continue  # it trains nothing
             new = sum(len(n.ids) for n in path(node) if n not in batch)
             if owned and num_tokens + new > self.config.micro_batch_tokens:
@@ -337,14 +321,3 @@ def free_bytes(device):
     most = torch.cuda.get_per_process_memory_fraction(device) * total
     most = min(free + torch.cuda.memory_reserved(device), most)
     return most - torch.cuda.memory_allocated(device)
-
-
-def token_losses(logprobs, behaviour, advantage, clip, reference=None, kl=0.0):
-    """PPO's loss per token, all [n]: −min(A·ratio, A·clip(ratio, 1 ± clip)), where the ratio is
-    exp(log-prob − behaviour log-prob); and, given a reference, + kl·(exp(d) − d − 1) with
-    d = reference − log-prob: k3 (Schulman 2020), an estimate of KL(policy, reference)."""
-    ratio = (logprobs - behaviour).exp()
-    losses = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip, 1 + clip))
-    if reference is not None:
-        losses = losses + kl * (torch.expm1(reference - logprobs) - (reference - logprobs))
-    return losses

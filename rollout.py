@@ -214,7 +214,7 @@ def sample_turn(policy, cache, row_nodes, live, hidden, keys, temperature):
     for t in range(policy.config.turn_tokens):
         uniforms = keyed_uniforms(keys[live], depths[live] * MOST_TOKENS + t)
         drawn = draw(policy.logits(hidden), torch.tensor(uniforms, device=policy.device),
-                     temperature, policy.config.top_p)
+                     temperature)
         ids, going_on = [[]] * len(row_nodes), []
         for r, token, logprob in zip(live, *(x.tolist() for x in drawn)):
             turns[r][0].append(token)

@@ -10,7 +10,7 @@ the paper, or left open by it and chosen here:
  3. The tree-aware advantage is one of five by name (paper: not public). By default a turn y
     gets (V̂(y) − V̂(root)) / std: GRPO's advantage, averaged over the leaves below the turn.
     A turn that several rollouts share is trained once.
- 4. One update per batch, so there is nothing to clip, and no KL term, unless flags say so.
+ 4. One update per batch, so there is nothing to clip, and no KL term.
  5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).
  6. Pool size, group size and learning rate were tried on a development wiki (results/PROTOCOL.md).
  7. Both stages are solved exactly: a prompt gets no bare rollout or at least two, and one that
@@ -65,7 +65,6 @@ from tree import (
     nodes,
     path,
     prefixes,
-    repeat_probs,
     sampled_tokens,
 )
 from world.files import DataError, write_predictions
@@ -75,12 +74,11 @@ HERE = Path(__file__).resolve().parent
 LOWEST = {"steps": 0, "budget": 1, "num_continuations": 0, "pool_size": 1, "group_size": 2,
           "cap": 2, "concentration": 0, "floor": 0, "learning_rate": 0, "lora_rank": 1,
           "max_grad_norm": 0, "wiki_seed": 0,
-          "updates_per_batch": 1, "clip": 0, "kl": 0,
-          "temperature": 1e-3, "top_p": 1e-3, "max_turns": 1, "eval_questions": 1,
+           "temperature": 1e-3, "max_turns": 1, "eval_questions": 1,
           "checkpoint_every": 1, "articles": 100, "final_eval_questions": 0, "eval_every": 0,
           "seed": 0, "turn_tokens": 0, "observation_tokens": 0, "context": 0, "cache_tokens": 0,
           "micro_batch_tokens": 1, "logit_chunk": 1, "show_every": 0}
-HIGHEST = {"floor": 1, "top_p": 1, "turn_tokens": MOST_TOKENS, "articles": 100_000}
+HIGHEST = {"floor": 1, "turn_tokens": MOST_TOKENS, "articles": 100_000}
 
 
 class Arm(NamedTuple):
@@ -138,21 +136,14 @@ class Config:
                                   "are taken as certain; the predictor beta has its own)")
     floor: float = option(0.0, "trace rules: share of the rollouts that is spread uniformly")
     cost_aware: bool = option(False, "trace prefixes: gain per expected token, not per rollout")
-    repeats: bool = option(False, "trace prefixes: a continuation that repeats its bare rollout "
-                           "flips nothing; how often it does, log-probs tell")
     advantage: str = option("", f"tree credit: {', '.join(ADVANTAGES)} (default: the arm's own)")
     predictor: str = option("", f"{', '.join(PREDICTORS)} (default: the arm's own, mostly head)")
     targets: str = option("all", "the predictor learns from all leaves, or from fresh ones only")
     learning_rate: float = option(None, "of AdamW on the LoRA weights (default: 1.2e-3 for tiny, "
                                   "else 1e-4)")
-    updates_per_batch: int = option(1, "optimiser steps on the trees of one training step")
-    clip: float = option(0.2, "with several of them: the ratio to the sampling policy is clipped "
-                         "to 1 plus or minus this")
-    kl: float = option(0.0, "weight of the KL divergence from the policy without adapter")
     lora_rank: int = option(16, "rank of the LoRA adapters")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     temperature: float = option(1.0, "of sampling in training; evaluation is greedy")
-    top_p: float = option(1.0, "nucleus of sampling; 1 samples from the whole distribution")
     max_turns: int = option(8, "turns per episode, Finish included")
     turn_tokens: int = option(0, "tokens per turn at most (0: 40 for tiny, else 128)")
     observation_tokens: int = option(0, "an observation is cut here (0: 160 for tiny, else 256)")
@@ -198,7 +189,6 @@ class Config:
         for name, size in zip(("turn_tokens", "observation_tokens", "context"), sizes):
             setattr(self, name, getattr(self, name) or size)
         self.num_continuations *= self.prefix_rule != "none"
-        self.clip *= self.updates_per_batch > 1  # else the ratio is 1
 
 
 # ---------------------------------------------------------------- the loop
@@ -250,10 +240,9 @@ def train_step(config, state, policy, predictor, data):
         for root, pairs, share in zip(roots, owned, shares):
             own = slice(start, start := start + len(pairs))
             outcomes = np.array([reward for _, reward in pairs], int)
-            repeat = np.array(repeat_probs(root)) if config.repeats else 0.0
             k[own] = PREFIX_RULES[config.prefix_rule](
                 Anchors(chances[own], outcomes, concentration=sure_there[own], cost=cost[own],
-                        repeat=repeat, **dials), int(share), rng)
+                        **dials), int(share), rng)
 
     # 5. Continuations, from the prefixes themselves.
     with clock("sample"):

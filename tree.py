@@ -84,13 +84,6 @@ def prefixes(root):
     return [(node, leaf.reward) for leaf in leaves(root) for node in path(leaf)[1:-1]]
 
 
-def repeat_probs(root):
-    """For every one of prefixes(root), the chance that a continuation samples the rest of the bare
-    rollout again, word by word: by the log-probs of that rest."""
-    return [float(np.exp(sum(node.logprobs.sum() for node in path(leaf)[depth + 1:])))
-            for leaf in leaves(root) for depth in range(1, leaf.depth)]
-
-
 def sampled_tokens(root):
     """Tokens that the policy sampled for this tree, the few that were cut behind an action left
     out: the unit of cost."""

@@ -80,26 +80,10 @@ def keyed_uniforms(keys, positions):
     return (z >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
 
 
-def truncated_logprobs(logits, temperature, top_p, sampled=None):
-    """Log-probs [R, V] of the distribution that is sampled: logits / temperature, then the
-    smallest set of words whose probability reaches top_p (Holtzman et al. 2020). `sampled` ids
-    [R, 1] stay in it: rounding or an update may have moved them out, to a log-prob of -inf."""
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    if top_p < 1:
-        order = logprobs.argsort(-1, descending=True)
-        falling = logprobs.gather(-1, order).exp()
-        outside = torch.zeros_like(logprobs, dtype=torch.bool).scatter(
-            -1, order, falling.cumsum(-1) - falling >= top_p)
-        if sampled is not None:
-            outside.scatter_(-1, sampled, False)
-        logprobs = torch.log_softmax(logprobs.masked_fill(outside, -torch.inf), -1)
-    return logprobs
-
-
-def draw(logits, uniforms, temperature, top_p):
+def draw(logits, uniforms, temperature):
     """Inverse-CDF sampling. logits [R, V], uniforms [R] -> (ids [R], log-probs [R]) under the
     distribution really sampled from; temperature 0 is greedy (log-probs at temperature 1)."""
-    logprobs = truncated_logprobs(logits, temperature, top_p)
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
     if temperature == 0:
         ids = logprobs.argmax(-1)
     else:
