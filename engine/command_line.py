@@ -1,0 +1,101 @@
+"""Command lines: flags from the fields of a dataclass, and errors in one line."""
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+
+from engine.errors import NotFinite, UsageError, first_line
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints the first paragraph of `description`. A wrong flag is one line, exit code 2."""
+
+    def __init__(self, description, **options):
+        super().__init__(description=description.split("\n")[0], allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_args(self, arguments=None):
+        found, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            self.error(f"unknown argument {flag}" + nearest(flag, self._option_string_actions))
+        return found
+
+
+def nearest(word, words):
+    """'; did you mean X?' for the word that is most like it, or ''."""
+    found = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def dial(default, group, text, low=None, high=None, choices=()):
+    """A field of a dataclass that is a flag: its group in --help, its text, its bounds."""
+    return dataclasses.field(default=default, metadata={
+        "group": group, "help": text, "low": low, "high": high, "choices": choices})
+
+
+def flag_of(name):
+    return "--no-4bit" if name == "four_bit" else "--" + name.replace("_", "-")
+
+
+def add_dials(parser, config_class):
+    """Flags for all dials of a dataclass, in its groups; defaults are shown."""
+    groups = {}
+    for field in dataclasses.fields(config_class):
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        options = {"help": field.metadata["help"], "dest": field.name, "default": field.default}
+        if field.type is bool:
+            options["action"] = "store_false" if field.default else "store_true"
+        else:
+            options["type"] = field.type
+            options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
+            if not field.metadata["choices"]:
+                options["metavar"] = field.type.__name__.upper()
+            if field.default not in (None, ""):
+                options["help"] += " [%(default)s]"
+        groups[group].add_argument(flag_of(field.name), **options)
+
+
+def check_dials(config):
+    """UsageError where a dial is out of its bounds or not one of its choices."""
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata
+        if value is None:
+            continue
+        if limits["choices"] and value not in limits["choices"]:
+            raise UsageError(f"{flag_of(field.name)} {value}: choose from "
+                             f"{', '.join(limits['choices'])}{nearest(value, limits['choices'])}")
+        too_low = limits["low"] is not None and not value >= limits["low"]
+        too_high = limits["high"] is not None and not value <= limits["high"]
+        if too_low or too_high:
+            most = "" if limits["high"] is None else f" and at most {limits['high']:g}"
+            raise UsageError(f"{flag_of(field.name)} must be at least {limits['low']}{most}, "
+                             f"got {value}")
+
+
+def run_main(program, work):
+    """work() -> exit code: its own, or 1 where numbers broke down, 2 for what the user can mend,
+    130 for Ctrl-C, 141 where nobody reads what is printed any more (as in `| head`)."""
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains
+        return 141
+    except KeyboardInterrupt:
+        print(f"{program}: stopped", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        code, text = 2, str(error)
+    except NotFinite as error:
+        code, text = 1, str(error)
+    except OSError as error:  # a full disk, above all
+        code, text = 2, first_line(error)
+    print(f"{program}: {text}", file=sys.stderr)
+    return code
