@@ -6,39 +6,57 @@ the steps' trees. It serves the allocator only and never enters the policy gradi
 sees is privileged: no answer, no gold title, no hop count, no kind of question.
 
 A predictor has `predict(features) -> probabilities [n]`, `update(features, targets, weights) ->
-loss`, and the state_dict of checkpoints; ConstantPredictor is the smallest. `PREDICTORS` holds
-them by name.
+loss`, and the state_dict of checkpoints. `PREDICTORS` holds them by name.
 """
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from rollout import forget_caches, grow
+from allocator import CONCENTRATION
+from rollout import grow
 from tree import TARGETS, Node, backup, path, path_ids
 
 CLIP = 0.02  # probabilities stay in [CLIP, 1 − CLIP]: nothing is ever given up for good
 
 
-def weighted_error(predicted, targets, weights):
-    return float((weights * (predicted - targets) ** 2).sum() / np.sum(weights))
-
-
 class Features(NamedTuple):
+    """Of n anchors: roots or prefixes that have been fed to the policy."""
     hidden: np.ndarray  # float32 [n, 2 width], the policy's hidden states at prompt and anchor
     plain: np.ndarray   # float32 [n, 3]: turn index, last search missed, mean log-prob of the turn
     anchors: tuple      # [n] the nodes, for per-prompt counts and the Monte-Carlo oracle only
 
 
 def features(anchors):
-    """Features of n anchors (roots or prefixes that have been fed to the policy)."""
-    hidden = [np.concatenate([path(node)[0].hidden, node.hidden]) for node in anchors]
-    plain = [[node.depth, float(node.state.last_missed),
-              float(node.logprobs.mean()) if node.num_sampled else 0.0] for node in anchors]
+    hidden, plain = [], []
+    for node in anchors:
+        logprob = float(node.logprobs.mean()) if node.num_sampled else 0.0
+        hidden.append(np.concatenate([path(node)[0].hidden, node.hidden]))
+        plain.append([node.depth, float(node.state.last_missed), logprob])
     return Features(np.stack(hidden), np.array(plain, np.float32), tuple(anchors))
 
 
-class HeadPredictor:
+class Predictor:
+    """What all predictors share."""
+    targets = "all"  # key of tree.TARGETS: what it learns from
+    state = ()       # names of its attributes that a checkpoint keeps
+
+    def concentration(self, features):
+        """How sure it is: pseudo-counts [n] behind its predictions."""
+        return np.full(len(features.anchors), CONCENTRATION)
+
+    def update(self, features, targets, weights):
+        return 0.0
+
+    def state_dict(self):
+        return {name: getattr(self, name) for name in self.state}
+
+    def load_state_dict(self, saved):
+        for name in self.state:
+            setattr(self, name, saved[name])
+
+
+class HeadPredictor(Predictor):
     """LayerNorm and one linear layer on all features; MSE as in the paper. It learns from
     the last `memory` anchors together: one step shows it few prompts. (A hidden layer learnt no
     more, and later; without the prompt's own hidden state prefixes were predicted worse.)"""
@@ -72,13 +90,14 @@ class HeadPredictor:
     def update(self, features, targets, weights):
         """A few full-batch steps of Adam; -> loss on what is new, before them. Where that loss or
         a gradient is not finite, what is new is forgotten, and the loss is NaN."""
-        new = self.inputs(features), *(torch.tensor(x).float() for x in (targets, weights))
+        new = [self.inputs(features), torch.tensor(targets).float(), torch.tensor(weights).float()]
         with torch.no_grad():
             before = self.loss(*new).item()
         if not np.isfinite(before):
             return np.nan
-        old = self.lessons or [part[:0] for part in new]
-        lessons = [torch.cat(parts)[-self.memory:] for parts in zip(old, new)]
+        lessons = new
+        if self.lessons is not None:
+            lessons = [torch.cat(pair)[-self.memory:] for pair in zip(self.lessons, new)]
         for _ in range(self.passes):
             self.optimizer.zero_grad()
             self.loss(*lessons).backward()
@@ -98,14 +117,18 @@ class HeadPredictor:
         self.lessons = state["lessons"]
 
 
+class FreshPredictor(HeadPredictor):
+    """The head, taught by tree.fresh_targets."""
+    targets = "fresh"
+
+
 class BetaPredictor(HeadPredictor):
     """Beyond the paper: it also tells how sure it is. Its output is a Beta distribution of the
     success probability, fitted to counts of successes (beta-binomial likelihood), so that "I do
-    not know" differs from "a coin's toss". The rules named trace use its concentration."""
+    not know" differs from "a coin's toss". Rules named posterior use it."""
     num_outputs = 2
 
     def concentration(self, features):
-        """Pseudo-counts [n] behind the predictions: a + b of Beta(a, b)."""
         with torch.no_grad():
             outputs = self.network(self.inputs(features))
         return self.pseudo_counts(outputs).double().numpy()
@@ -117,11 +140,14 @@ class BetaPredictor(HeadPredictor):
         """Minus the mean log-likelihood of a leaf."""
         outputs = self.network(inputs)
         total, probability = self.pseudo_counts(outputs), torch.sigmoid(outputs[:, 0])
-        a, b, wins = total * probability + 1e-4, total * (1 - probability) + 1e-4, weights * targets
-
-        def log_beta(a, b):
-            return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+        wins = weights * targets
+        a = total * probability + 1e-4
+        b = total * (1 - probability) + 1e-4
         return (log_beta(a, b) - log_beta(a + wins, b + weights - wins)).sum() / weights.sum()
+
+
+def log_beta(a, b):
+    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
 
 
 class LogisticPredictor(HeadPredictor):
@@ -134,36 +160,31 @@ class LogisticPredictor(HeadPredictor):
         return torch.tensor(features.plain)
 
 
-class CountsPredictor:
+class CountsPredictor(Predictor):
     """Per-prompt Beta counts: (1 + successes) / (2 + rollouts), the same at every depth."""
+    state = ("counts",)
 
     def __init__(self, policy=None, env=None, seed=0):
-        self.counts = {}
+        self.counts = {}  # question id: [successes, failures]
 
     def predict(self, features):
-        pairs = np.array([self.counts.get(node.state.question.id, (0.0, 0.0))
-                          for node in features.anchors])
-        return (1 + pairs[:, 0]) / (2 + pairs.sum(1))
+        counts = [self.counts.get(node.state.question.id, (0.0, 0.0)) for node in features.anchors]
+        wins, losses = np.array(counts).T
+        return (1 + wins) / (2 + wins + losses)
 
     def update(self, features, targets, weights):
         error = weighted_error(self.predict(features), targets, weights)
         for node, target, weight in zip(features.anchors, targets, weights):
             if node.depth == 0:  # a root's target is over the rollouts of the prompt
-                name = node.state.question.id
-                wins, losses = self.counts.get(name, (0.0, 0.0))
-                self.counts[name] = [float(wins + weight * target),
-                                     float(losses + weight * (1 - target))]
+                counts = self.counts.setdefault(node.state.question.id, [0.0, 0.0])
+                counts[0] += float(weight * target)
+                counts[1] += float(weight * (1 - target))
         return error
 
-    def state_dict(self):
-        return {"counts": dict(self.counts)}
 
-    def load_state_dict(self, state):
-        self.counts = dict(state["counts"])
-
-
-class ConstantPredictor:
+class ConstantPredictor(Predictor):
     """The running mean of all targets, everywhere."""
+    state = ("total", "weight")
 
     def __init__(self, policy=None, env=None, seed=0):
         self.total, self.weight = 0.5, 1.0
@@ -177,15 +198,14 @@ class ConstantPredictor:
         self.weight += float(np.sum(weights))
         return error
 
-    def state_dict(self):
-        return {"total": self.total, "weight": self.weight}
 
-    def load_state_dict(self, state):
-        self.total, self.weight = state["total"], state["weight"]
+def weighted_error(predicted, targets, weights):
+    return float((weights * (predicted - targets) ** 2).sum() / np.sum(weights))
 
 
-class OraclePredictor:
+class OraclePredictor(Predictor):
     """A diagnostic: V by Monte Carlo, from `num` rollouts per anchor, which no budget pays."""
+    state = ("calls",)
 
     def __init__(self, policy, env, seed=0, num=16):
         self.policy, self.env, self.seed, self.num, self.calls = policy, env, seed, num, 0
@@ -196,77 +216,79 @@ class OraclePredictor:
                                    (self.seed, "oracle", self.calls))
         return np.clip(values, CLIP, 1 - CLIP)
 
-    def update(self, features, targets, weights):
-        return 0.0  # nothing to learn
 
-    def state_dict(self):
-        return {"calls": self.calls}
-
-    def load_state_dict(self, state):
-        self.calls = state["calls"]
-
-
-PREDICTORS = {"head": HeadPredictor, "beta": BetaPredictor, "logistic": LogisticPredictor,
-              "counts": CountsPredictor, "constant": ConstantPredictor, "oracle": OraclePredictor}
+PREDICTORS = {"head": HeadPredictor, "fresh": FreshPredictor, "beta": BetaPredictor,
+              "logistic": LogisticPredictor, "counts": CountsPredictor,
+              "constant": ConstantPredictor, "oracle": OraclePredictor}
 
 
 def monte_carlo_value(policy, env, anchors, num, key):
     """V of each anchor: mean reward of `num` fresh rollouts, which leave its tree untouched."""
     values, size = [], max(1, 1024 // num)  # a few at a time: their caches are large
     for i in range(0, len(anchors), size):
-        copies = [Node(path_ids(a), 0, a.state, hidden=a.hidden, cache=a.cache,
-                       sample=num * (i + j)) for j, a in enumerate(anchors[i:i + size])]
+        copies = []
+        for j, anchor in enumerate(anchors[i:i + size], start=i):
+            copies.append(Node(path_ids(anchor), 0, anchor.state, hidden=anchor.hidden,
+                               cache=anchor.cache, sample=num * j))
         grow(policy, env, copies, [num] * len(copies), key)
         for copy in copies:
             backup(copy)
-        values += [copy.value for copy in copies]
-        for copy in copies:  # the cache of the anchor itself stays
-            forget_caches(copy.children)
+            values.append(copy.value)
     return np.array(values)
 
 
+# ---------------------------------------------------------------- in a step
 def predict(predictor, anchors):
-    """Ṽ of the anchors, [n], also kept on the nodes; one half where it is not a number."""
-    values = predictor.predict(features(anchors)) if anchors else np.zeros(0)
-    values = np.nan_to_num(values, nan=0.5)
+    """-> (Ṽ [n], how sure [n]) of the anchors; Ṽ is kept on the nodes too. Where one is not a
+    number it is one half, with two pseudo-counts."""
+    if not anchors:
+        return np.zeros(0), np.zeros(0)
+    seen = features(anchors)
+    values = np.nan_to_num(predictor.predict(seen), nan=0.5)
     for node, value in zip(anchors, values):
         node.predicted = float(value)
-    return values
+    return values, np.nan_to_num(predictor.concentration(seen), nan=2.0)
 
 
-def concentrations(predictor, anchors, default):
-    """Pseudo-counts [n] behind the predictions: the predictor's own where it tells them."""
-    if anchors and hasattr(predictor, "concentration"):
-        return np.nan_to_num(predictor.concentration(features(anchors)), nan=2.0)
-    return np.full(len(anchors), default)
+class Lessons(NamedTuple):
+    """What a step teaches, and how much each of the n anchors counts."""
+    anchors: list
+    targets: np.ndarray  # [n]
+    weights: np.ndarray  # [n] the numbers of leaves behind the targets
 
 
 def lessons(roots, targets="all"):
-    """All anchors of backed-up trees, their targets [n] by a rule of tree.TARGETS, and their
-    weights [n], the numbers of leaves behind the targets."""
-    triples = [(node, *pair) for root in roots for node, pair in TARGETS[targets](root).items()
-               if node.hidden is not None]
-    anchors, values, weights = zip(*triples)
-    return anchors, np.array(values), np.array(weights, float)
+    """Lessons of all anchors of backed-up trees, by a rule of tree.TARGETS."""
+    anchors, values, weights = [], [], []
+    for root in roots:
+        for node, (value, num_leaves) in TARGETS[targets](root).items():
+            if node.hidden is not None:
+                anchors.append(node)
+                values.append(value)
+                weights.append(num_leaves)
+    return Lessons(anchors, np.array(values), np.array(weights, float))
 
 
-def score_and_update(predictor, roots, targets="all"):
+def score_and_update(predictor, roots):
     """Score what was predicted against its targets, which it had not seen; then learn from all
     anchors of the step. -> metrics"""
-    anchors, targets, weights = lessons(roots, targets)
-    scored = [i for i, node in enumerate(anchors) if node.predicted is not None]
-    predicted = np.array([anchors[i].predicted for i in scored])
-    loss = predictor.update(features(anchors), targets, weights)
-    return {"predictor_brier": brier(predicted, targets[scored], weights[scored]),
-            "predictor_auroc": auroc(predicted, targets[scored], weights[scored]),
+    learnt = lessons(roots, predictor.targets)
+    scored = [i for i, node in enumerate(learnt.anchors) if node.predicted is not None]
+    predicted = np.array([learnt.anchors[i].predicted for i in scored])
+    targets, weights = learnt.targets[scored], learnt.weights[scored]
+    loss = predictor.update(features(learnt.anchors), learnt.targets, learnt.weights)
+    return {"predictor_brier": brier(predicted, targets, weights),
+            "predictor_auroc": auroc(predicted, targets, weights),
             "predictor_loss": loss, "predictor_skipped": int(not np.isfinite(loss))}
 
 
 # ---------------------------------------------------------------- scores
 def brier(predicted, targets, weights):
     """Mean over leaves of (Ṽ − R)²; targets [n] are means over weights [n] leaves of 0/1
-    rewards. Range 0 to 1; always saying one half scores 0.25."""
+    rewards. Range 0 to 1; always saying one half scores 0.25; None without leaves."""
     predicted, targets, weights = (np.asarray(x, float) for x in (predicted, targets, weights))
+    if not weights.sum():
+        return None
     error = (predicted - targets) ** 2 + targets * (1 - targets)
     return float((weights * error).sum() / weights.sum())
 

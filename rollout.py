@@ -4,194 +4,166 @@ Both stages of TRACE are one operation, `grow(anchors, counts)`: an anchor is a 
 prefix, and all rollouts are carried on together, turn by turn. A row of the cache holds the
 tokens of one path at columns 0, 1, 2, ..., so that forking a path at any earlier turn is to
 copy a row and to forget its later columns: nothing is computed twice.
-
-Shapes: R rows (live episodes), T tokens fed at once, S columns, W width, V vocabulary.
 """
-import warnings
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from engine.sampling import RaggedCache, draw, keyed_uniforms, rollout_key
+from engine.memory import halving
+from engine.sampling import RaggedCache, keyed_uniforms, rollout_key, sample_tokens
 from react_env import action_end, observation_text, split_completion
 from tree import Node, leaves, nodes, path, path_ids
 
 MOST_TOKENS = 4096  # of a turn: more would repeat the random numbers of the next one
+ROOM_LEFT = 0.7     # a cache is copied to a smaller one when at most this share of its rows lives
 
 
-def prefill(policy, anchors):
-    """Compute cache and hidden state of anchors that have none (all roots of the pool). Caches
-    beyond `cache_tokens` are not kept: an anchor is fed again if something grows from it."""
-    def work(chunk):
-        fill(policy, chunk)
-        if held_tokens(anchors) > policy.cache_tokens:
-            forget_caches(chunk)
-        return []
-    with policy.sampling():
-        in_chunks(policy, [a for a in anchors if a.cache is None], anchors, work)
+@dataclass(slots=True)
+class Rollout:
+    """One episode that is being played."""
+    anchor: Node  # where it starts
+    node: Node    # where it stands
+    sample: int   # its number in the tree
+    key: int      # of its random numbers
+    row: int = 0  # of the cache
+    ids: list = field(default_factory=list)       # sampled in the present turn
+    logprobs: list = field(default_factory=list)  # ... and their log-probs
 
 
-def fill(policy, anchors):
-    """Feed whole paths, some at a time: a layer's activations of many long ones are large."""
-    longest = max((anchor.length for anchor in anchors), default=1)
-    size = max(1, 4 * policy.config.micro_batch_tokens // longest)
-    for i in range(0, len(anchors), size):
-        some = anchors[i:i + size]
-        feed(policy, RaggedCache(), some, [path_ids(a)[:policy.context] for a in some],
-             [0] * len(some))
+def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False):
+    """Start counts[i] rollouts at anchors[i] and play all to their ends -> their leaves, anchor
+    by anchor.
 
+    `key` = (seed, step): with question and sample number it fixes every random number, so that
+    episodes do not depend on how the work is split. With `keep` the trees keep their caches, as
+    far as there is room, for rollouts that start there later."""
+    num_children = {anchor: len(anchor.children) for anchor in anchors}
+    roots = {path(anchor)[0]: None for anchor in anchors}  # a set that keeps its order
 
-def held_tokens(roots):
-    """Cache columns that the trees of these roots hold on to."""
-    caches = {node.cache[0] for root in roots for node in nodes(root) if node.cache}
-    return sum(cache.keys[0].shape[0] * cache.keys[0].shape[2] for cache in caches)
+    def work():
+        rollouts = start(policy, anchors, counts, key)
+        waiting = [rollout for rollout in rollouts if not rollout.node.is_leaf]
+        while waiting:
+            some, waiting = waiting[:policy.num_live], waiting[policy.num_live:]
+            fresh = {rollout.anchor: None for rollout in some if rollout.anchor.cache is None}
+            fill(policy, list(fresh))
+            play(policy, env, some, greedy)
+            if held_tokens(roots) > policy.cache_tokens:  # what is needed is computed again
+                forget_paths(some)
+                for anchor in fresh:
+                    anchor.cache = None
+        return [rollout.node for rollout in rollouts]
 
-
-def forget_caches(roots):
-    """Free the memory of trees from which nothing grows any more. A tree is a cycle of
-    references: left to Python's garbage collection, its caches would outlive it for long."""
-    for root in roots:
-        for node in nodes(root):
-            node.cache = None
-
-
-def in_chunks(policy, jobs, roots, work):
-    """All that `work(chunk)` returns, over chunks whose caches hold at most `cache_tokens`
-    columns. Out of GPU memory, the chunk starts again, all trees without their caches: what is
-    needed of them is computed again. If that does not help, at half the size. One job that does
-    not fit is an error."""
-    def split(jobs):
-        size = max(1, policy.cache_tokens // policy.context)
-        return [jobs[i:i + size] for i in range(0, len(jobs), size)]
-    pending, found, failed = split(jobs), [], None
-    while pending:
-        try:
-            found += work(pending[0])
-            del pending[0]
-            continue
-        except torch.cuda.OutOfMemoryError:
-            if failed is pending[0] and len(failed) == 1:
-                raise
-        # here, since the error held the frames, and they the tensors, of what did not fit
+    def undo():
+        for anchor, count in num_children.items():
+            del anchor.children[count:]
         forget_caches(roots)
-        torch.cuda.empty_cache()
-        if failed is not pending[0]:
-            failed = pending[0]
-            continue
-        if policy.cache_tokens == policy.planned_tokens:
-            warnings.warn("out of GPU memory: halving the number of live episodes")
-        policy.cache_tokens = len(failed) // 2 * policy.context
-        pending = split([job for chunk in pending for job in chunk])
+
+    with policy.sampling():
+        found = halving(policy, work, undo)
+    if not keep:
+        forget_caches(roots)
     return found
 
 
-def feed(policy, cache, row_nodes, ids, starts):
-    """Feed ragged lists of ids, row r from column starts[r] on; sets hidden and cache of
-    row_nodes[r]. Rows without ids are idle. -> hidden states at the last ids of the others."""
-    ends = np.cumsum([len(row_ids) for row_ids in ids if len(row_ids)])
-    hidden = policy.forward(ids, starts, cache)[ends - 1]
-    fed = [row for row, row_ids in enumerate(ids) if len(row_ids)]
-    for row, values in zip(fed, hidden.float().cpu().numpy()):
-        row_nodes[row].hidden, row_nodes[row].cache = values, (cache, row)
-    return hidden
-
-
-def grow(policy, env, anchors, counts, key=(), temperature=None):
-    """Start counts[i] rollouts at anchors[i] and play all to their ends -> new leaves.
-
-    `key` = (seed, step): with question and sample number it fixes every random number, so
-    that episodes do not depend on how the work is split. Nodes keep their ids and log-probs,
-    and where the episode goes on, also the hidden state and the place in the cache (those of
-    a chunk are not kept if the trees then hold more than `cache_tokens` columns)."""
-    jobs, numbers, grown, roots = [], {}, [], {path(anchor)[0]: None for anchor in anchors}
+def start(policy, anchors, counts, key):
+    """-> all rollouts, in order. For which the context has no room for a turn are at their end."""
+    rollouts, next_sample = [], {}
     for anchor, count in zip(anchors, counts):
         root = path(anchor)[0]
+        if count and root not in next_sample:
+            next_sample[root] = root.sample + len(leaves(root))
         for _ in range(count):
-            if root not in numbers:
-                numbers[root] = root.sample + len(leaves(root))
-            number, numbers[root] = numbers[root], numbers[root] + 1
-            if anchor.length + policy.config.turn_tokens > policy.context:  # no room for a turn
+            sample, node = next_sample[root], anchor
+            next_sample[root] += 1
+            if anchor.length + policy.turn_tokens > policy.context:
                 none = np.zeros(0, np.int32)
-                grown.append(Node(none, 0, anchor.state, anchor, none, number, overflowed=True))
-            else:
-                jobs.append((anchor, number, rollout_key(
-                    *key, anchor.state.question.id, number)))
-
-    def work(chunk):
-        before = {anchor: len(anchor.children) for anchor, _, _ in chunk}
-        fresh = [anchor for anchor in before if anchor.cache is None]
-        try:
-            fill(policy, fresh)
-            found = grow_chunk(policy, env, chunk, temperature)
-        except torch.cuda.OutOfMemoryError:
-            for anchor, count in before.items():  # forget what was half done
-                del anchor.children[count:]
-            raise
-        if held_tokens(roots) > policy.cache_tokens:
-            forget_caches(child for anchor in before for child in anchor.children[before[anchor]:])
-            for anchor in fresh:
-                anchor.cache = None
-        return found
-    with policy.sampling():
-        return grown + in_chunks(policy, jobs, roots, work)
+                node = Node(none, 0, anchor.state, anchor, none, sample, overflowed=True)
+            number = rollout_key(*key, anchor.state.question.id, sample)
+            rollouts.append(Rollout(anchor, node, sample, number))
+    return rollouts
 
 
-def grow_chunk(policy, env, jobs, temperature):
-    """Play the rollouts of one chunk, [(anchor, number in its tree, key)] -> leaves."""
-    temperature = policy.config.temperature if temperature is None else temperature
-    row_nodes = [anchor for anchor, _, _ in jobs]
-    numbers = [number for _, number, _ in jobs]
-    keys = np.array([key for _, _, key in jobs], np.uint64)
-    cache = RaggedCache.fork([n.cache for n in row_nodes], [n.length for n in row_nodes])
-    hidden = torch.tensor(np.stack([n.hidden for n in row_nodes]), device=policy.device)
-    grown = []
+def play(policy, env, rollouts, greedy):
+    """Play some rollouts together to their ends, each turn of all of them at once."""
+    cache = RaggedCache.fork([rollout.node.cache for rollout in rollouts],
+                             [rollout.node.length for rollout in rollouts])
+    hidden = np.stack([rollout.node.hidden for rollout in rollouts])
+    hidden = torch.tensor(hidden, device=policy.device)
+    for row, rollout in enumerate(rollouts):
+        rollout.row = row
+    live = rollouts
     while True:
-        live = [r for r, node in enumerate(row_nodes) if not node.is_leaf]
-        turns = sample_turn(policy, cache, row_nodes, live, hidden, keys, temperature)
-        texts = [policy.text(ids) for ids, _ in turns]
-        states = env.step_batch([row_nodes[r].state for r in live],
-                                [split_completion(texts[r])[1] for r in live])
-        ids, starts = [[]] * len(jobs), [n.length for n in row_nodes]
-        for r, state in zip(live, states):
-            action, logprobs = turns[r]
-            observation, cut = observation_ids(policy, state, texts[r])
-            room = policy.context - row_nodes[r].length
-            overflowed = len(action) + len(observation) + policy.config.turn_tokens > room
-            overflowed = overflowed and not state.done
-            if state.done or overflowed:
-                observation, cut = [], False
-            parent = row_nodes[r]
-            row_nodes[r] = node = Node(
-                np.array(action + observation, np.int32), len(action), state, parent,
-                np.array(logprobs, np.float32), numbers[r], cut_observation=cut,
-                overflowed=overflowed)
-            if node.is_leaf:
-                grown.append(node)
-            else:  # the last action token has not been fed yet
-                ids[r] = action[-1:] + observation
-                starts[r] = parent.length + len(action) - len(action[-1:])
-        staying = [r for r, node in enumerate(row_nodes) if not node.is_leaf]
-        if not staying:
-            return grown
-        hidden = feed(policy, cache, row_nodes, ids, starts)
-        if len(staying) <= 0.7 * len(jobs):  # finished episodes leave
-            if ends := [n.parent for n in row_nodes if n.is_leaf and n.parent.cache[0] is cache]:
+        sample_turn(policy, cache, live, hidden, greedy)
+        texts = [policy.text(rollout.ids) for rollout in live]
+        actions = [split_completion(text)[1] for text in texts]
+        states = env.step_batch([rollout.node.state for rollout in live], actions)
+        for rollout, text, state in zip(live, texts, states):
+            end_turn(policy, rollout, text, state)
+        live = [rollout for rollout in live if not rollout.node.is_leaf]
+        if not live:
+            return
+        hidden = feed(policy, cache, live)
+        if len(live) <= ROOM_LEFT * cache.num_rows:  # those that ended leave
+            ends = [rollout.node.parent for rollout in rollouts if rollout.node.is_leaf]
+            ends = [node for node in ends if node.cache[0] is cache]
+            if ends:
                 move(ends)
-            jobs = [jobs[r] for r in staying]
-            row_nodes = [row_nodes[r] for r in staying]
-            numbers, keys = [numbers[r] for r in staying], keys[staying]
-            cache = move(row_nodes)
+            cache = move([rollout.node for rollout in live])
+            for row, rollout in enumerate(live):
+                rollout.row = row
 
 
-def move(row_nodes):
-    """Copy the rows in which these nodes end to a cache of their own; -> the cache. All nodes
-    that lay in those rows then refer to it: no copy of a path outlives its use."""
-    moved = RaggedCache.fork([n.cache for n in row_nodes], [n.length for n in row_nodes])
-    for row, node in enumerate(row_nodes):
-        old = node.cache[0]
-        while node is not None and node.cache and node.cache[0] is old:
-            node.cache, node = (moved, row), node.parent
-    return moved
+def sample_turn(policy, cache, rollouts, hidden, greedy):
+    """Sample a turn of each rollout, token by token; hidden [R, W] are the states they are in."""
+    live = rollouts
+    for rollout in rollouts:
+        rollout.ids, rollout.logprobs = [], []
+    for t in range(policy.turn_tokens):
+        keys = np.array([rollout.key for rollout in live], np.uint64)
+        turns = np.array([rollout.node.depth for rollout in live])
+        uniforms = keyed_uniforms(keys, turns * MOST_TOKENS + t)
+        ids, logprobs = sample_tokens(
+            policy.logits(hidden), torch.tensor(uniforms, device=policy.device), greedy)
+        for rollout, token, logprob in zip(live, ids.tolist(), logprobs.tolist()):
+            rollout.ids.append(token)
+            rollout.logprobs.append(logprob)
+        live = [rollout for rollout in live if not ended(policy, rollout)]
+        if not live or t + 1 == policy.turn_tokens:
+            return
+        hidden = policy.forward(
+            [rollout.ids[-1:] for rollout in live], [rollout.row for rollout in live],
+            [rollout.node.length + t for rollout in live], cache)
+
+
+def ended(policy, rollout):
+    """Has this turn ended? Drops the tokens behind the end of its action."""
+    ids = rollout.ids
+    if not policy.may_end[ids[-1]]:
+        return False
+    if ids[-1] in policy.end_ids:
+        return True
+    end = action_end(policy.text(ids))
+    if end is None:
+        return False
+    while ids and len(policy.text(ids[:-1])) >= end:
+        del ids[-1], rollout.logprobs[-1]
+    return True
+
+
+def end_turn(policy, rollout, text, state):
+    """The rollout stands at the node of the turn that it has sampled."""
+    above, action = rollout.node, rollout.ids
+    observation, cut = observation_ids(policy, state, text)
+    length = above.length + len(action) + len(observation)
+    overflowed = not state.done and length + policy.turn_tokens > policy.context
+    if state.done or overflowed:  # nobody will read it
+        observation, cut = [], False
+    rollout.node = Node(
+        np.array(action + observation, np.int32), len(action), state, above,
+        np.array(rollout.logprobs, np.float32), rollout.sample, cut_observation=cut,
+        overflowed=overflowed)
 
 
 def observation_ids(policy, state, text):
@@ -200,42 +172,94 @@ def observation_ids(policy, state, text):
     head, tail = observation.rsplit("\n", 1)
     if text.endswith("\n"):  # the last token of the action already broke the line
         head = head.lstrip("\n")
-    ids, tail = policy.encode(head), policy.encode("\n" + tail)
-    cut = len(ids) > policy.config.observation_tokens
-    return ids[:policy.config.observation_tokens] + tail, cut
+    ids = policy.encode(head)
+    cut = len(ids) > policy.observation_tokens
+    return ids[:policy.observation_tokens] + policy.encode("\n" + tail), cut
 
 
-def sample_turn(policy, cache, row_nodes, live, hidden, keys, temperature):
-    """One action for every live row, whose hidden states are given -> [(ids, log-probs)] of all
-    rows, both empty for the others."""
-    lengths = np.array([n.length for n in row_nodes])
-    depths = np.array([n.depth for n in row_nodes])
-    turns = [([], []) for _ in row_nodes]
-    for t in range(policy.config.turn_tokens):
-        uniforms = keyed_uniforms(keys[live], depths[live] * MOST_TOKENS + t)
-        drawn = draw(policy.logits(hidden), torch.tensor(uniforms, device=policy.device),
-                     temperature)
-        ids, going_on = [[]] * len(row_nodes), []
-        for r, token, logprob in zip(live, *(x.tolist() for x in drawn)):
-            turns[r][0].append(token)
-            turns[r][1].append(logprob)
-            if not (policy.may_end[token] and ended(policy, turns[r])):
-                ids[r] = [token]
-                going_on.append(r)
-        live = going_on
-        if not live or t + 1 == policy.config.turn_tokens:
-            return turns
-        hidden = policy.forward(ids, lengths + t, cache)
+# ---------------------------------------------------------------- caches
+def feed(policy, cache, rollouts):
+    """Feed what of each rollout's last turn is not in the cache yet: its last sampled token and
+    the observation. Sets hidden and cache of the nodes -> hidden states [R, W]."""
+    ids, starts = [], []
+    for rollout in rollouts:
+        node = rollout.node
+        num_fed = max(0, node.num_sampled - 1)
+        ids.append(node.ids[num_fed:])
+        starts.append(node.length - len(node.ids) + num_fed)
+    rows = [rollout.row for rollout in rollouts]
+    return remember(policy, cache, [rollout.node for rollout in rollouts], rows, ids, starts)
 
 
-def ended(policy, turn):
-    """Has this turn ended? Drops, in place, the tokens behind the end of its action."""
-    ids, logprobs = turn
-    if ids[-1] in policy.end_ids:
-        return True
-    end = action_end(policy.text(ids))
-    if end is None:
-        return False
-    while ids and len(policy.text(ids[:-1])) >= end:
-        del ids[-1], logprobs[-1]
-    return True
+def fill(policy, anchors):
+    """Feed whole paths, some at a time: a layer's activations of many long ones are large."""
+    longest = max((anchor.length for anchor in anchors), default=1)
+    size = max(1, 4 * policy.config.micro_batch_tokens // longest)
+    for i in range(0, len(anchors), size):
+        some = anchors[i:i + size]
+        ids = [path_ids(anchor)[:policy.context] for anchor in some]
+        cache = RaggedCache(len(some))
+        remember(policy, cache, some, list(range(len(some))), ids, [0] * len(some))
+
+
+def remember(policy, cache, fed, rows, ids, starts):
+    """Feed ids[i] to row rows[i]; the nodes `fed` keep the hidden state there and their place in
+    the cache -> hidden states [R, W] at the last ids."""
+    ends = np.cumsum([len(some) for some in ids]) - 1
+    hidden = policy.forward(ids, rows, starts, cache)[ends]
+    for node, row, values in zip(fed, rows, hidden.float().cpu().numpy()):
+        node.hidden, node.cache = values, (cache, row)
+    return hidden
+
+
+def prefill(policy, roots):
+    """Compute cache and hidden state of roots that have none: the whole pool of a step. Caches
+    beyond `cache_tokens` are not kept: a root is fed again if something grows from it."""
+    def work():
+        waiting = [root for root in roots if root.hidden is None]
+        while waiting:
+            fill(policy, waiting[:policy.num_live])
+            if held_tokens(roots) > policy.cache_tokens:
+                forget_caches(waiting[:policy.num_live])
+            waiting = waiting[policy.num_live:]
+
+    with policy.sampling():
+        halving(policy, work, lambda: forget_caches(roots))
+
+
+def move(standing):
+    """Copy the rows in which these nodes stand to a cache of their own -> the cache. All nodes
+    that lay in those rows then refer to it: no copy of a path outlives its use."""
+    moved = RaggedCache.fork([node.cache for node in standing],
+                             [node.length for node in standing])
+    for row, node in enumerate(standing):
+        old = node.cache[0]
+        while node is not None and node.cache and node.cache[0] is old:
+            node.cache = moved, row
+            node = node.parent
+    return moved
+
+
+def held_tokens(roots):
+    """Cache columns that the trees of these roots hold on to."""
+    caches = set()
+    for root in roots:
+        caches.update(node.cache[0] for node in nodes(root) if node.cache)
+    return sum(cache.num_columns() for cache in caches)
+
+
+def forget_caches(roots):
+    """Free the caches of trees from which nothing grows soon. A tree is a cycle of references:
+    left to Python's garbage collection, its caches would outlive it for long."""
+    for root in roots:
+        for node in nodes(root):
+            node.cache = None
+
+
+def forget_paths(rollouts):
+    """Free the caches of what these rollouts have added to their trees."""
+    for rollout in rollouts:
+        node = rollout.node
+        while node is not rollout.anchor:
+            node.cache = None
+            node = node.parent

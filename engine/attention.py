@@ -1,12 +1,13 @@
 """Tokens of many paths in one sequence [1, N]: no padding, and in the update nothing twice.
 
 `pack` lays the turns of a forest end to end. Positions count along each path, and attention is
-limited to it: every run of turns asks the keys and values of its own path, gathered turn by
-turn. So what paths share is computed once, nothing is computed to be masked away, and no mask
-of N x N is made. In sampling, too, the tokens of all rows stand end to end; there only the
-attention pads. Transformers lets a model be loaded with an attention of one's own: "packed".
+limited to it: a span of turns asks the keys and values of its own path, gathered turn by turn. So
+what paths share is computed once, nothing is computed to be masked away, and no mask of N x N is
+made. In sampling the tokens of all rows stand end to end too; there only the attention pads.
+Transformers lets a model be loaded with an attention of one's own: "packed".
 """
 import sys
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,63 +23,78 @@ GROUPED = {"cpu"}  # where SDPA takes fewer key-value heads than heads also with
                    # that is slow, and transformers copies the heads there
 
 
+@dataclass
+class Span:
+    """Turns that stand end to end, each the parent of the next."""
+    line: list           # numbers of all turns on the path to its end
+    num_tokens: int = 0  # of its own
+
+
 class Pack(NamedTuple):
     """T tokens of turns that stand end to end, and where n of them are predicted."""
     ids: np.ndarray        # int64 [T]
-    positions: np.ndarray  # int64 [T], along each token's own path
-    tree: tuple            # for packed_attention
+    positions: np.ndarray  # int64 [T] along each token's own path
+    sizes: list            # tokens of each turn
+    spans: list            # [Span]
     columns: list          # [n] the token in front of each one to score: it predicts it
     targets: np.ndarray    # int64 [n] the tokens to score
 
 
-def pack(rows):
-    """rows: [(nodes, owned)] -> Pack. `nodes` holds every parent before its children: a path,
-    or any part of a forest; rows know nothing of each other. `owned` are the nodes whose
-    sampled tokens are scored, in order."""
-    packed, begins, spans, columns = [], [0], [], []
-    for nodes, owned in rows:
-        number, before = {}, None
-        for node in nodes:
-            if before is None or node.parent is not before:
-                spans.append([0, [number[n] for n in path(node.parent)]])
-            number[node], before = len(packed), node
-            spans[-1][0] += len(node.ids)
-            spans[-1][1].append(number[node])
-            packed.append(node)
-            begins.append(begins[-1] + len(node.ids))
-        for node in owned:
-            above, begin = begins[number[node.parent] + 1] - 1, begins[number[node]]
-            columns += [above, *range(begin, begin + len(node.ids))][:node.num_sampled]
-    positions = [np.arange(n.length - len(n.ids), n.length) for n in packed]
-    targets = [n.ids[:n.num_sampled] for _, owned in rows for n in owned]
-    ids, positions, targets = (np.concatenate(parts).astype(np.int64) for parts in (
-        [n.ids for n in packed], positions, targets))
-    return Pack(ids, positions, (np.diff(begins).tolist(), spans), columns, targets)
+def pack(nodes, scored):
+    """`nodes`: a part of a forest, every parent before its children. `scored`: those of them
+    whose sampled tokens are scored, in order."""
+    number = {node: i for i, node in enumerate(nodes)}
+    sizes = [len(node.ids) for node in nodes]
+    begins = np.cumsum([0, *sizes])
+    spans, before = [], None
+    for node in nodes:
+        if before is None or node.parent is not before:
+            spans.append(Span([number[above] for above in path(node.parent)]))
+        spans[-1].line.append(number[node])
+        spans[-1].num_tokens += len(node.ids)
+        before = node
+    columns = []
+    for node in scored:
+        columns.append(begins[number[node.parent] + 1] - 1)  # the last token before the turn
+        begin = begins[number[node]]
+        columns.extend(range(begin, begin + node.num_sampled - 1))
+    ids = np.concatenate([node.ids for node in nodes])
+    positions = np.concatenate([np.arange(node.length - len(node.ids), node.length)
+                                for node in nodes])
+    targets = np.concatenate([node.ids[:node.num_sampled] for node in scored])
+    return Pack(ids.astype(np.int64), positions, sizes, spans, columns, targets.astype(np.int64))
 
 
 def packed_attention(module, query, key, value, mask, tree=None, places=None, **kwargs):
-    """The attention of N packed tokens, query [1, heads, N, size]; plain without these two:
-
-    tree = (sizes, spans): the tokens of each node, and for each run of nodes in which one is the
-    parent of the next, its tokens and the numbers of all nodes on the path to its end. They see
-    that path up to themselves.
-    places = (rows [N], slots [N]): token n is the slots[n]-th of those that see row rows[n] of a
-    cache, keys [R, heads, S, size], as far as the mask [R, 1, T, S] says."""
+    """The attention of N packed tokens, query [1, heads, N, size]: over the Pack `tree`, over
+    the rows of a cache at `places`, or plain without these two."""
     if places is not None:
-        # [R, T, heads, size]
-        padded = query.new_zeros(len(mask), mask.shape[2], *query.shape[1::2])
-        padded[places] = query[0].transpose(0, 1)
-        found = attend(module, padded.transpose(1, 2), key, value, mask, **kwargs)[0]
-        return found[places][None], None
-    if tree is None:
-        return attend(module, query, key, value, mask, **kwargs)
-    sizes, spans = tree
-    keys, values, found = key.split(sizes, 2), value.split(sizes, 2), []
-    for part, (_, line) in zip(query.split([size for size, _ in spans], 2), spans):
-        k, v = (torch.cat([x[i] for i in line], 2) for x in (keys, values))
-        mask = lower_right(part, k) if k.shape[2] > part.shape[2] else None
-        found.append(attend(module, part, k, v, mask, **kwargs)[0])  # [1, tokens, heads, size]
-    return torch.cat(found, 1), None
+        return attend_cache(module, query, key, value, mask, places, **kwargs), None
+    if tree is not None:
+        return attend_tree(module, query, key, value, tree, **kwargs), None
+    return attend(module, query, key, value, mask, **kwargs)
+
+
+def attend_cache(module, query, key, value, mask, places, **kwargs):
+    """places = (rows [N], slots [N]): token n is the slots[n]-th of those that see row rows[n] of
+    a cache, keys [R, heads, S, size], as far as the mask [R, 1, T, S] says."""
+    shape = len(mask), mask.shape[2], *query.shape[1::2]
+    padded = query.new_zeros(shape)  # [R, T, heads, size]
+    padded[places] = query[0].transpose(0, 1)
+    found, _ = attend(module, padded.transpose(1, 2), key, value, mask, **kwargs)
+    return found[places][None]
+
+
+def attend_tree(module, query, key, value, tree, **kwargs):
+    """Each span sees the turns on its path, up to each of its own tokens."""
+    keys, values, found = key.split(tree.sizes, 2), value.split(tree.sizes, 2), []
+    parts = query.split([span.num_tokens for span in tree.spans], 2)
+    for part, span in zip(parts, tree.spans):
+        seen = torch.cat([keys[i] for i in span.line], 2)
+        told = torch.cat([values[i] for i in span.line], 2)
+        mask = lower_right(part, seen) if seen.shape[2] > part.shape[2] else None
+        found.append(attend(module, part, seen, told, mask, **kwargs)[0])
+    return torch.cat(found, 1)  # [1, N, heads, size]
 
 
 def attend(module, query, key, value, mask, softcap=None, **kwargs):

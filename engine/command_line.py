@@ -78,9 +78,10 @@ def check_dials(config):
                              f"got {value}")
 
 
-def run_main(program, work):
+def run_main(program, work, hint=""):
     """work() -> exit code: its own, or 1 where numbers broke down, 2 for what the user can mend,
-    130 for Ctrl-C, 141 where nobody reads what is printed any more (as in `| head`)."""
+    130 for Ctrl-C, 141 where nobody reads what is printed any more (as in `| head`). `hint` says
+    how to go on."""
     try:
         code = work() or 0
         sys.stdout.flush()
@@ -89,13 +90,13 @@ def run_main(program, work):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains
         return 141
     except KeyboardInterrupt:
-        print(f"{program}: stopped", file=sys.stderr)
+        print(f"{program}: stopped at once{hint}", file=sys.stderr)
         return 130
     except UsageError as error:
         code, text = 2, str(error)
     except NotFinite as error:
         code, text = 1, str(error)
     except OSError as error:  # a full disk, above all
-        code, text = 2, first_line(error)
+        code, text = 2, first_line(error) + hint
     print(f"{program}: {text}", file=sys.stderr)
     return code

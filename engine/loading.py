@@ -6,11 +6,15 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+import engine.attention  # noqa: F401  (registers the attention named "packed")
+from engine.errors import UsageError, first_line
 from react_env import Question, prompt_text
+from tree import Node
 
 QUIET = ("fan_in_fan_out", ".*is_gradient_checkpointing",  # peft mends GPT-2, asks the old way
          "Cannot .*able progress bars")                    # where the environment has settled it
@@ -20,49 +24,49 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()  # of reading weights, and of downloading them too;
 enable_progress_bars()                       # ... but that takes minutes
 
+EMBEDDED = Path(__file__).resolve().parents[1] / "world"  # holds the policies in the box
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub's model: no pickles
 NOT_FILES = ["*/*", "consolidated*"]  # of these: folders for other engines, a second copy
+LORA_RANK = 16
 SLOT = Question("", "{the question}", (), "", 0)  # stands for any question in a prompt
 
 
-class ModelError(ValueError):
-    """A model that cannot be loaded or used, in one line."""
+def model_folder(name):
+    """tiny, tiny2: in the box, wherever we are started; else the name as it is."""
+    embedded = EMBEDDED / name
+    return str(embedded) if name.isalnum() and embedded.is_dir() else name
 
 
-def load_model(config):
-    """-> (model with LoRA adapters, tokenizer) of `config.model`."""
+def load_model(name, four_bit, device, seed):
+    """-> (model with LoRA adapters, tokenizer)."""
     import_bitsandbytes()
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    folder = find_files(config.model_path)
+    folder = find_files(name)
+    local = {"local_files_only": True, "trust_remote_code": False}  # nor ask on the terminal
     if not any(file for kind in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(kind)):
-        raise ModelError("no tokenizer in that folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False)  # nor ask on the terminal
-    except Exception as error:
-        raise ModelError(f"no tokenizer there ({first_line(error)})") from None
-    dtype, quantization = compute_dtype(config.device), None
-    if config.four_bit:
+        raise UsageError("no tokenizer in that folder")
+    tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    shape = AutoConfig.from_pretrained(folder, **local)
+    for key, value in vars(shape).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(shape, key, 0.0)  # the update must see the network that sampled
+    dtype, quantization = compute_dtype(device), None
+    if four_bit:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                           bnb_4bit_compute_dtype=dtype)
-    shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    for name, value in vars(shape).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(shape, name, 0.0)  # the update must see the network that sampled
     model, found = AutoModelForCausalLM.from_pretrained(
-        folder, config=shape, dtype=dtype, quantization_config=quantization, local_files_only=True,
-        use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-        attn_implementation="packed", device_map={"": config.device})  # packing.py's
+        folder, config=shape, dtype=dtype, quantization_config=quantization, use_safetensors=True,
+        output_loading_info=True, attn_implementation="packed", device_map={"": device}, **local)
     if found["missing_keys"]:  # transformers would leave them random and say nothing
-        raise ModelError(f"its files have no weights for {min(found['missing_keys'])}")
-    if config.device == "cpu":
+        raise UsageError(f"its files have no weights for {min(found['missing_keys'])}")
+    if device == "cpu":
         check_blocks(model)
-    torch.manual_seed(config.seed)  # the LoRA matrices A start at random, B at zero
+    torch.manual_seed(seed)  # the LoRA matrices A start at random, B at zero
     model = get_peft_model(model, LoraConfig(  # in 32 bits, whatever the base is in
-        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear",
-        lora_dropout=0.0, task_type="CAUSAL_LM"))
-    model.peft_config["default"].base_model_name_or_path = config.model_path  # not our cache
+        r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", lora_dropout=0.0,
+        task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = name  # not our cache
     return model, tokenizer
 
 
@@ -72,10 +76,9 @@ def find_files(name):
     if os.path.isdir(name):
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name):
-        raise ModelError("no such folder")
+        raise UsageError("no such folder")
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES,
-                                      ignore_patterns=NOT_FILES))
+        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=NOT_FILES))
     except errors.GatedRepoError:
         why = (f"it is gated: accept its terms at huggingface.co/{name}, then log in with "
                "`hf auth login`")
@@ -85,7 +88,7 @@ def find_files(name):
         why = "not downloaded yet, and huggingface.co cannot be reached"
     except Exception as error:
         why = f"the download failed ({first_line(error)})"
-    raise ModelError(why)
+    raise UsageError(why)
 
 
 def knows_bare_prompt(folder):
@@ -110,9 +113,33 @@ def check_blocks(model):
     come back with an error of a quarter instead of a tenth, and nothing says so."""
     for name, module in model.named_modules():
         if type(module).__name__ == "Linear4bit" and module.in_features % module.weight.blocksize:
-            raise ModelError(f"bitsandbytes on CPU misreads {name}, whose rows of "
+            raise UsageError(f"bitsandbytes on CPU misreads {name}, whose rows of "
                              f"{module.in_features} weights do not fill its blocks of "
                              f"{module.weight.blocksize}; use --no-4bit")
+
+
+def check_logits(policy):
+    """Some architectures scale their logits in ways of their own, or have an attention that is
+    more than ours: refuse those. What they compute as they come is "eager". Errors are measured
+    against the spread of the logits: in bfloat16, 30 layers round to 1 to 4 % of it, whatever the
+    logits are; what a wrong attention does is 20 % and more."""
+    base, ids = policy.model.get_base_model(), torch.arange(3, device=policy.device)[None]
+    root = Node(np.arange(3), 0, None)
+    left = Node(np.arange(3, 7), 4, None, root)
+    right = Node(np.arange(7, 11), 4, None, root)
+    with policy.sampling():
+        forked = policy.logprobs([root, left, right], [right])
+        alone = policy.logprobs([root, right], [right])
+        ours = policy.logits(policy.body(input_ids=ids).last_hidden_state)
+        base.set_attn_implementation("eager")
+        theirs = policy.model(input_ids=ids).logits[..., :policy.num_words]
+    base.set_attn_implementation("packed")
+    most = (0.01 if theirs.dtype == torch.float32 else 0.1) * theirs.float().std()
+    for a, b in ((forked, alone), (ours, theirs)):
+        error = (a.float() - b.float()).square().mean().sqrt()
+        if not error <= most:
+            raise UsageError("not supported: its logits are not head(hidden state), or its "
+                             "attention is not the usual one")
 
 
 def import_bitsandbytes():
@@ -138,8 +165,6 @@ def prompt_ids(tokenizer, few_shot, chat):
 
     With `chat` all stands in one user turn (some templates, Gemma's, refuse a system role), and
     the assistant's turn begins with "Thought:". What follows is appended as ids, turn by turn."""
-    def encode(text):
-        return tokenizer(text, add_special_tokens=False).input_ids
     text, start = prompt_text(SLOT, few_shot), []
     if chat:
         said, thought = text.rsplit("\n", 1)
@@ -147,17 +172,18 @@ def prompt_ids(tokenizer, few_shot, chat):
     elif tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         start = [tokenizer.bos_token_id]
     if text.count(SLOT.text) != 1:
-        raise ModelError("the chat template does not show what the user says, once")
+        raise UsageError("the chat template does not show what the user says, once")
     before, behind = text.split(SLOT.text)
-    return start + encode(before.removesuffix(" ")), encode(behind)
+    before = tokenizer(before.removesuffix(" "), add_special_tokens=False).input_ids
+    return start + before, tokenizer(behind, add_special_tokens=False).input_ids
 
 
 def end_of_turn(tokenizer):
     """Ids, at most one, with which the chat template ends what the assistant says."""
     if not tokenizer.chat_template:
         return set()
-    text = render(tokenizer, user="?", assistant=SLOT.text)
-    ids = tokenizer(text.rpartition(SLOT.text)[2], add_special_tokens=False).input_ids
+    text = render(tokenizer, user="?", assistant=SLOT.text).rpartition(SLOT.text)[2]
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     return set([i for i in ids if i in tokenizer.added_tokens_decoder][:1])
 
 
@@ -170,8 +196,4 @@ def render(tokenizer, add_generation_prompt=False, **said):
             turns, tokenize=False, add_generation_prompt=add_generation_prompt,
             enable_thinking=False, date_string="26 Jul 2024")
     except Exception as error:
-        raise ModelError(f"the chat template fails: {first_line(error)}") from None
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0][:200]
+        raise UsageError(f"the chat template fails: {first_line(error)}") from None

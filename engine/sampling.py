@@ -1,66 +1,80 @@
 """What sampling stands on: a cache of ragged paths, keyed random numbers, the distribution.
 
-Shapes: R rows (live episodes), S columns, V vocabulary.
+Shapes: R rows (paths), S columns, V vocabulary.
 """
 import hashlib
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import Cache
+
+WORD = 64  # columns of room that are added at a time
 
 
 class RaggedCache(Cache):
     """Keys and values of R paths of different lengths, each contiguous from column 0.
 
     keys[layer], values[layer]: [R, key-value heads, capacity, head size]. `place` says where
-    the tokens of the next forward pass go; what lies behind a row's own length is garbage
-    that the mask hides and the next token overwrites."""
+    the tokens of the next forward pass go. What lies behind a row's own length is garbage that
+    the mask hides and that the next token overwrites."""
 
-    def __init__(self, keys=(), values=()):
+    def __init__(self, num_rows):
         super().__init__(layers=[])
-        self.keys, self.values, self.width = list(keys), list(values), 0
+        self.keys, self.values = [], []
+        self.num_rows, self.width = num_rows, 0
 
-    def place(self, rows, columns, num_rows, width):
-        self.rows, self.columns = rows, columns  # [N], [N]
-        self.num_rows, self.width = num_rows, int(width)
+    def place(self, rows, columns, width):
+        """The next N tokens go to these rows [N] and columns [N]; `width` columns are in use."""
+        self.rows, self.columns, self.width = rows, columns, int(width)
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         """Store [1, heads, N, size] at the places; -> all rows and all columns in use."""
         for store, new in ((self.keys, keys[0]), (self.values, values[0])):
             if len(store) == layer_idx:
                 store.append(new.new_zeros(self.num_rows, len(new), 0, new.shape[2]))
-            kept = store[layer_idx]
-            if kept.shape[2] < self.width:  # room for 64 more columns at a time
-                room = (self.width + 63) // 64 * 64 - kept.shape[2]
-                kept = torch.cat([kept, kept.new_zeros(*kept.shape[:2], room, kept.shape[3])], 2)
-                store[layer_idx] = kept
-            kept[self.rows, :, self.columns] = new.transpose(0, 1)  # [N, heads, size]
+            store[layer_idx] = widened(store[layer_idx], self.width)
+            store[layer_idx][self.rows, :, self.columns] = new.transpose(0, 1)  # [N, heads, size]
         return (self.keys[layer_idx][:, :, :self.width], self.values[layer_idx][:, :, :self.width])
 
     def get_seq_length(self, layer_idx=0):
         return self.width
 
+    def num_columns(self):
+        """Columns that this cache holds in memory, of all rows."""
+        return self.num_rows * self.keys[0].shape[2]
+
     @staticmethod
-    def fork(sources, lengths):
-        """A new cache whose row i copies `sources[i] = (cache, row)`, of which the first
-        lengths[i] columns count."""
-        width = max(lengths)
-        forked = RaggedCache()
-        forked.width = width
+    def fork(places, lengths):
+        """A new cache: row i is a copy of `places[i]`, a (cache, row), up to column lengths[i]."""
+        forked = RaggedCache(len(places))
+        forked.width = max(lengths)
         by_cache = {}
-        for i, (cache, row) in enumerate(sources):
+        for i, (cache, row) in enumerate(places):
             by_cache.setdefault(cache, []).append((i, row))
-        for layer in range(len(sources[0][0].keys)):
+        first = places[0][0]
+        for layer in range(len(first.keys)):
             for name in ("keys", "values"):
-                like = getattr(sources[0][0], name)[layer]
-                room = (width + 63) // 64 * 64
-                new = like.new_zeros(len(sources), like.shape[1], room, like.shape[3])
+                like = getattr(first, name)[layer]
+                new = like.new_zeros(len(places), like.shape[1], 0, like.shape[3])
+                new = widened(new, forked.width)
                 for cache, pairs in by_cache.items():
-                    into, rows = (torch.tensor(x, device=like.device) for x in zip(*pairs))
-                    columns = min(width, cache.width)
+                    into, rows = torch.tensor(pairs, device=like.device).T
+                    columns = min(forked.width, cache.width)
                     new[into, :, :columns] = getattr(cache, name)[layer][rows, :, :columns]
                 getattr(forked, name).append(new)
         return forked
+
+
+def widened(stored, width):
+    """`stored` [R, heads, capacity, size] with room for `width` columns."""
+    missing = width - stored.shape[2]
+    if missing <= 0:
+        return stored
+    room = -(-width // WORD) * WORD - stored.shape[2]
+    shape = (*stored.shape[:2], room, stored.shape[3])
+    return torch.cat([stored, stored.new_zeros(shape)], 2)
 
 
 def rollout_key(*parts):
@@ -80,14 +94,40 @@ def keyed_uniforms(keys, positions):
     return (z >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
 
 
-def draw(logits, uniforms, temperature):
-    """Inverse-CDF sampling. logits [R, V], uniforms [R] -> (ids [R], log-probs [R]) under the
-    distribution really sampled from; temperature 0 is greedy (log-probs at temperature 1)."""
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    if temperature == 0:
+def sample_tokens(logits, uniforms, greedy=False):
+    """Inverse-CDF sampling. logits [R, V], uniforms [R] -> (ids [R], log-probs [R])."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    if greedy:
         ids = logprobs.argmax(-1)
     else:
         cdf = logprobs.double().exp().cumsum(-1)
         ids = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
         ids = ids.clamp(max=logits.shape[-1] - 1)
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+
+
+@contextmanager
+def sampling_mode(model, plain, dtype):
+    """eval() and no gradients, but the 4-bit layers stay in training mode: on some CPUs their
+    first forward pass in eval mode repacks the weights for inference, and from then on no
+    gradient reaches the layers below. They hold no dropout, so nothing else changes.
+
+    The layers in `plain` compute with matrices W + BA, made once, instead of unpacking W and
+    adding BA at every token. They are thrown away: nothing is merged into the 4-bit weights, and
+    the update computes through the layers as they are."""
+    from peft.utils.integrations import dequantize_module_weight
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()
+    with torch.no_grad():
+        try:
+            for module in plain:
+                weight = (dequantize_module_weight(module.base_layer).float()
+                          + module.get_delta_weight("default").float())
+                module.forward = partial(torch.nn.functional.linear, weight=weight.to(dtype),
+                                         bias=module.base_layer.bias)
+            yield
+        finally:
+            for module in plain:
+                module.__dict__.pop("forward", None)

@@ -1,19 +1,24 @@
-"""Questions to train on and to evaluate on, where they come from, and greedy evaluation."""
+"""Questions to train on and to evaluate on, and the pool from which each step draws."""
 from collections import Counter
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
-from engine.runs import UsageError
+from engine.errors import UsageError
 from react_env import ReActEnv
+from tree import leaves
 from world.files import load_questions
 from world.toy import make_questions, make_world
 
-NUM_TOY_QUESTIONS = 4000
+NUM_ARTICLES = 1000   # of the toy wiki
+NUM_QUESTIONS = 4000  # of the toy wiki, to train on
+MAX_TURNS = 8         # of an episode, Finish included
+DECAY = 0.9           # of counted outcomes, whenever a step adds to them
 
 
 class Data(NamedTuple):
+    """Questions to train and to evaluate on, disjoint, with the environments they live in."""
     env: ReActEnv
     train: list
     eval_env: ReActEnv
@@ -21,55 +26,84 @@ class Data(NamedTuple):
 
 
 def load_data(config):
-    """Questions to train and to evaluate on, disjoint, with the environments they live in."""
+    """-> Data of `config.data`: the toy wiki, or a file with a fifth of it held out."""
     num_eval = max(config.eval_questions, config.final_eval_questions)
     if config.data == "toy":
-        world = make_world(config.articles, config.wiki_seed)
-        env = ReActEnv(world.wiki, config.max_turns)
-        num = min(NUM_TOY_QUESTIONS, 4 * config.articles)
+        world = make_world(NUM_ARTICLES, config.wiki_seed)
+        env = ReActEnv(world.wiki, MAX_TURNS)
         try:
-            return Data(env, make_questions(world, num, split="train"),
+            return Data(env, make_questions(world, NUM_QUESTIONS, split="train"),
                         env, make_questions(world, num_eval, split="eval"))
         except ValueError as error:
-            raise UsageError(f"--eval-questions, --articles: {error}") from None
-    questions, wiki = load_unique(config.data)
-    env = eval_env = ReActEnv(wiki, config.max_turns)
-    if config.eval_only and (config.out or not config.resume):  # a file named for it
+            raise UsageError(f"--eval-questions: {error}") from None
+    questions, env = load_file(config.data)
+    if config.scores_a_file:
         return Data(env, [], env, questions)
+    held_out, eval_env = [q for q in questions if is_held_out(q)], env
     if config.eval_data:
-        held_out, eval_wiki = load_unique(config.eval_data)
-        eval_env = ReActEnv(eval_wiki, config.max_turns)
-    else:  # a fifth, by hash of the id
-        held_out = [q for q in questions
-                    if int.from_bytes(blake2b(q.id.encode(), digest_size=4).digest()) % 5 == 0]
-    known = {q.id for q in held_out}
-    questions = [q for q in questions if q.id not in known]
+        held_out, eval_env = load_file(config.eval_data)
+    known = {question.id for question in held_out}
+    questions = [question for question in questions if question.id not in known]
     if not questions or not held_out:
         raise UsageError(f"--data {config.data}: too few questions to train and to evaluate on")
     return Data(env, questions, eval_env, held_out[:num_eval])
 
 
-def load_unique(file):
-    """load_questions, where no id may stand twice: visits, scores and predictions go by it."""
+def load_file(file):
+    """-> (questions, environment). No id may stand twice: counts and scores go by it."""
     questions, wiki = load_questions(file)
-    id, num = Counter(q.id for q in questions).most_common(1)[0]
+    id, num = Counter(question.id for question in questions).most_common(1)[0]
     if num > 1:
         raise UsageError(f"{file}: {num} questions have the id {id}")
-    return questions, wiki
+    return questions, ReActEnv(wiki, MAX_TURNS)
 
 
-def draw_pool(questions, num, cursor, seed):
-    """The next `num` different questions (fewer where there are not so many) of an endless
-    shuffle, one epoch after another. -> (questions, new cursor)"""
-    pool = {}
-    while len(pool) < min(num, len(questions)):
-        epoch, place = divmod(cursor, len(questions))
-        order = np.random.default_rng([seed, 1, epoch]).permutation(len(questions))
-        for i in order[place:]:
-            if len(pool) == num:
-                break
-            pool[questions[i].id] = questions[i]
-            cursor += 1
-    return list(pool.values()), cursor
+def is_held_out(question):
+    """A fifth of all questions, by hash of the id."""
+    return int.from_bytes(blake2b(question.id.encode(), digest_size=4).digest()) % 5 == 0
 
 
+class Prompts:
+    """The questions to train on, in an endless shuffle, and what came of each lately."""
+
+    def __init__(self, questions, seed):
+        self.questions, self.seed = questions, seed
+        self.cursor = 0   # questions drawn so far
+        self.counts = {}  # question id: (successes, failures) of bare rollouts, decayed
+
+    def draw(self, num):
+        """The next `num` different questions, or all where there are not so many."""
+        pool, num = {}, min(num, len(self.questions))
+        while len(pool) < num:
+            epoch, place = divmod(self.cursor, len(self.questions))
+            order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.questions))
+            for i in order[place:]:
+                if len(pool) == num:
+                    break
+                pool[self.questions[i].id] = self.questions[i]
+                self.cursor += 1
+        return list(pool.values())
+
+    def seen(self, roots):
+        """Successes and failures so far at these prompts, [2, n]."""
+        counts = [self.counts.get(root.state.question.id, (0.0, 0.0)) for root in roots]
+        return np.array(counts).T
+
+    def record(self, roots):
+        """Count the outcomes of these prompts' bare rollouts."""
+        for root, (wins, losses) in zip(roots, self.seen(roots).T):
+            rewards = [leaf.reward for leaf in leaves(root)]
+            won = sum(rewards)
+            self.counts[root.state.question.id] = (
+                float(DECAY * wins + won), float(DECAY * losses + len(rewards) - won))
+
+    @property
+    def coverage(self):
+        """Share of the questions that were ever rolled out."""
+        return len(self.counts) / len(self.questions)
+
+    def state_dict(self):
+        return {"cursor": self.cursor, "counts": self.counts}
+
+    def load_state_dict(self, state):
+        self.cursor, self.counts = state["cursor"], state["counts"]
