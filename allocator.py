@@ -9,7 +9,7 @@ repeats r, m and k [n] numbers of rollouts. A rule is a function (Anchors, budge
 and one line in ROOT_RULES or PREFIX_RULES.
 """
 import heapq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,6 @@ CAP = 16             # most bare rollouts of one prompt
 FLOOR = 0.25         # rules named "floor": this share of the rollouts is spread uniformly
 CONCENTRATION = 8.0  # rules named "posterior": pseudo-counts behind a prediction
 TIE = 1e-11          # values of roots this close, relative to the largest, count as equal
-COST_DECAY = 0.7     # per step, of the counts from which the cost of a rollout is forecast
 
 
 def check(name, ok, rule):
@@ -262,39 +261,20 @@ PREFIX_RULES = {  # name: (prefixes of one prompt, budget, rng) -> k [n]
 
 
 # ---------------------------------------------------------------- a step
-def expand_trees(prefixes, owner, m, num_continuations, rule, rng):
-    """Stage 2 over the step's trees -> k [n], for the n prefixes of all of them.
+def expand_trees(found, v, concentration, m, num_continuations, rule, rng):
+    """Stage 2 over the step's trees -> k [n], for the n prefixes of all of them, tree by tree.
 
-    owner [n]: the number of each prefix's tree; m [trees]: bare rollouts. Tree i spreads
-    num_continuations * m_i over its own prefixes; one without a prefix hands its share back."""
-    has_prefix = np.bincount(owner, minlength=len(m)) > 0
-    shares = deal_in_proportion(np.where(has_prefix, m, 0), num_continuations * int(m.sum()))
-    k = np.zeros(len(owner), int)
-    for tree, share in enumerate(shares):
-        own = owner == tree
-        part = replace(prefixes, v=prefixes.v[own], outcome=prefixes.outcome[own],
-                       cost=prefixes.cost[own], concentration=prefixes.concentration[own])
-        k[own] = PREFIX_RULES[rule](part, int(share), rng)
-    return k
-
-
-@dataclass
-class Budget:
-    """How many bare rollouts a number of sampled tokens buys. A rollout costs, with its
-    continuations, what rollouts cost lately; before the first step that is a guess."""
-    num_rollouts: float  # lately: decayed by COST_DECAY per step
-    tokens: float        # ... that they and their continuations took
-
-    @classmethod
-    def guess(cls, episode_tokens, num_continuations):
-        """Worth two rollouts; a continuation costs about 0.6 of an episode."""
-        return cls(2.0, 2 * max(1.0, episode_tokens) * (1 + 0.6 * num_continuations))
-
-    def num_bare(self, tokens_left):
-        """M, at least 2."""
-        return max(2, int(tokens_left * self.num_rollouts / max(self.num_rollouts, self.tokens)))
-
-    def spent(self, num_bare, tokens):
-        """Learn from a step."""
-        self.num_rollouts = COST_DECAY * self.num_rollouts + num_bare
-        self.tokens = COST_DECAY * self.tokens + tokens
+    found[i]: prefixes of tree i (with .outcome and .tokens_left), m[i] its bare rollouts; v and
+    concentration [n]. Tree i spreads num_continuations * m_i over its own prefixes; one without
+    a prefix hands its share back."""
+    num_prefixes = np.array([len(own) for own in found])
+    shares = deal_in_proportion(np.where(num_prefixes > 0, m, 0), num_continuations * m.sum())
+    k, begin = [], 0
+    for own, share in zip(found, shares):
+        end = begin + len(own)
+        outcome = np.array([prefix.outcome for prefix in own], int)
+        cost = np.array([max(1, prefix.tokens_left) for prefix in own])
+        anchors = Anchors(v[begin:end], outcome, cost=cost, concentration=concentration[begin:end])
+        k.append(PREFIX_RULES[rule](anchors, int(share), rng))
+        begin = end
+    return np.concatenate(k)

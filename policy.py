@@ -2,19 +2,16 @@
 
 Sampling is in rollout.py. Shapes: R rows of a cache, T tokens, S columns, W width, V vocabulary.
 """
-import shutil
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from engine.attention import pack
 from engine.errors import UsageError, first_line
 from engine.loading import (check_logits, end_of_turn, knows_bare_prompt, load_model, model_folder,
                             prompt_ids)
-from engine.memory import PLAIN_BYTES, best_device, plan_memory
+from engine.memory import best_device, plain_layers, plan_memory
 from engine.sampling import sampling_mode
 from tree import Node, path
 
@@ -59,7 +56,7 @@ class Policy:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         rate = sizes.learning_rate if config.learning_rate is None else config.learning_rate
         self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
-        self.plain = self.layers_to_sample_plainly()
+        self.plain = plain_layers(self.body, self.head.weight.itemsize)
 
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -79,18 +76,8 @@ class Policy:
         self.notice = ""
         if not bare_prompt and self.context - sum(map(len, self.prompt)) < 4 * self.turn_tokens:
             self.prompt = prompt_ids(tokenizer, False, chat)
-            self.notice = ("the examples of the prompt do not fit into a context of "
+            self.notice = ("\nthe examples of the prompt do not fit into a context of "
                            f"{self.context} tokens: prompting with the bare question")
-
-    def layers_to_sample_plainly(self):
-        """The adapted layers, where their matrices W + BA are few enough to be held in plain."""
-        layers = [module for module in self.body.modules() if hasattr(module, "base_layer")]
-        num_weights = 0
-        for layer in layers:
-            if not isinstance(layer.base_layer, torch.nn.Linear):  # GPT-2 has its own kind
-                return []
-            num_weights += layer.in_features * layer.out_features
-        return layers if num_weights * self.head.weight.itemsize <= PLAIN_BYTES else []
 
     @property
     def num_live(self):
@@ -240,27 +227,12 @@ class Policy:
         set_peft_model_state_dict(self.model, theirs)
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def save_adapter(self, folder):
-        """In peft's format: PeftModel.from_pretrained(base, folder) loads it. Written aside: the
-        folder never holds half a file. (Left to find out whether embeddings are to be saved, peft
-        would ask the hub, here and in state_dict.)"""
-        aside = Path(f"{folder}.part")
-        shutil.rmtree(aside, ignore_errors=True)  # what a kill may have left
-        try:
-            self.model.save_pretrained(aside, save_embedding_layers=False)
-        except SafetensorError as error:  # a full disk
-            raise OSError(first_line(error)) from None
-        Path(folder).mkdir(exist_ok=True)
-        for file in aside.iterdir():
-            file.replace(Path(folder, file.name))
-        aside.rmdir()
-
     def memory_line(self):
         size = self.cache_tokens * self.plan.column_bytes / 1e9
         return (f"memory: {self.num_live} live episodes of at most {self.context:,} tokens, cache "
                 f"of {self.cache_tokens:,} tokens ({size:.1f} GB), micro-batches of "
                 f"{self.config.micro_batch_tokens:,} tokens, gradient checkpointing "
-                f"{'on' if self.plan.checkpointing else 'off'}")
+                f"{'on' if self.plan.checkpointing else 'off'}{self.notice}")
 
 
 def load_policy(config):

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from engine.caches import forget_caches, forget_paths, held_tokens, move
 from engine.memory import halving
 from engine.sampling import RaggedCache, keyed_uniforms, rollout_key, sample_tokens
 from react_env import action_end, observation_text, split_completion
-from tree import Node, leaves, nodes, path, path_ids
+from tree import Node, leaves, path, path_ids
 
 MOST_TOKENS = 4096  # of a turn: more would repeat the random numbers of the next one
 ROOM_LEFT = 0.7     # a cache is copied to a smaller one when at most this share of its rows lives
@@ -225,41 +226,3 @@ def prefill(policy, roots):
 
     with policy.sampling():
         halving(policy, work, lambda: forget_caches(roots))
-
-
-def move(standing):
-    """Copy the rows in which these nodes stand to a cache of their own -> the cache. All nodes
-    that lay in those rows then refer to it: no copy of a path outlives its use."""
-    moved = RaggedCache.fork([node.cache for node in standing],
-                             [node.length for node in standing])
-    for row, node in enumerate(standing):
-        old = node.cache[0]
-        while node is not None and node.cache and node.cache[0] is old:
-            node.cache = moved, row
-            node = node.parent
-    return moved
-
-
-def held_tokens(roots):
-    """Cache columns that the trees of these roots hold on to."""
-    caches = set()
-    for root in roots:
-        caches.update(node.cache[0] for node in nodes(root) if node.cache)
-    return sum(cache.num_columns() for cache in caches)
-
-
-def forget_caches(roots):
-    """Free the caches of trees from which nothing grows soon. A tree is a cycle of references:
-    left to Python's garbage collection, its caches would outlive it for long."""
-    for root in roots:
-        for node in nodes(root):
-            node.cache = None
-
-
-def forget_paths(rollouts):
-    """Free the caches of what these rollouts have added to their trees."""
-    for rollout in rollouts:
-        node = rollout.node
-        while node is not rollout.anchor:
-            node.cache = None
-            node = node.parent

@@ -1,1 +1,1 @@
-"""Taken on trust, guarded by tests: attention over trees, loading a model, run folders, pictures."""
+"""Taken on trust, guarded by tests: attention over trees, loading, memory, run folders."""

@@ -2,8 +2,10 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import sys
+from pathlib import Path
 
 from engine.errors import NotFinite, UsageError, first_line
 
@@ -31,10 +33,12 @@ def nearest(word, words):
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def dial(default, group, text, low=None, high=None, choices=()):
-    """A field of a dataclass that is a flag: its group in --help, its text, its bounds."""
+def dial(default, group, text, low=None, high=None, choices=(), free=False):
+    """A field of a dataclass that is a flag: its group in --help, its text, its bounds; `free`
+    if it may change when a run goes on."""
     return dataclasses.field(default=default, metadata={
-        "group": group, "help": text, "low": low, "high": high, "choices": choices})
+        "group": group, "help": text, "low": low, "high": high, "choices": choices,
+        "free": free})
 
 
 def flag_of(name):
@@ -78,6 +82,65 @@ def check_dials(config):
                              f"got {value}")
 
 
+def own_dials(config):
+    """{name: value} of what makes a run and its checkpoints its own."""
+    own = {}
+    for field in dataclasses.fields(config):
+        if not field.metadata["free"] and field.name != "out":
+            own[field.name] = getattr(config, field.name)
+    return own
+
+
+def parse_dials(config_class, description, arguments=None):
+    """-> the dataclass. What stands from "Examples:" on in the description ends --help.
+
+    With `--resume DIR` the flags are read twice: the second time the values of that run are their
+    defaults, and what would make another run of it is refused. With --eval-only it may score
+    another file (--data), into another folder (--out)."""
+    examples = description[description.index("Examples:"):]
+    parser = Parser(description, epilog=examples, formatter_class=argparse.RawTextHelpFormatter)
+    add_dials(parser, config_class)
+    given = parser.parse_args(arguments)
+    if not given.resume:
+        return config_class(**vars(given))
+    saved = load_dials(config_class, given.resume)
+    parser.set_defaults(**dataclasses.asdict(saved) | {"out": ""})
+    given = parser.parse_args(arguments)
+    if given.eval_only and (given.data != saved.data) != bool(given.out):
+        raise UsageError("--resume --eval-only: --data names another file, and --out a folder for "
+                         "its scores; neither goes alone")
+    if given.eval_only and given.out:
+        given.eval_data = ""
+        return config_class(**vars(given))
+    if given.out == saved.out:
+        given.out = ""  # it goes on where it is
+    for name, value in own_dials(saved).items() | {("out", "")}:
+        if getattr(given, name) != value:
+            raise UsageError(f"--resume {given.resume}: that run has {flag_of(name)} {value}, not "
+                             f"{getattr(given, name)}; only --steps, the memory dials and "
+                             "--eval-only, with --data and --out, may change")
+    return config_class(**vars(given))
+
+
+def load_dials(config_class, folder, **changed):
+    """-> the dataclass of the run in `folder`, with some dials changed."""
+    file = Path(folder) / "config.json"
+    try:
+        dials = json.loads(file.read_text()) | changed
+        for field in dataclasses.fields(config_class):
+            value = dials.get(field.name, field.default)
+            right = field.type is type(value) or (field.type is float and type(value) is int)
+            if not right and value is not field.default:
+                raise TypeError(f"{field.name} is {value!r}")
+        return config_class(**dials)
+    except UsageError:
+        raise
+    except OSError:
+        raise UsageError(f"{folder}: no run there (no config.json)") from None
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{file}: not a configuration of ours ({error})") from None
+
+
 def run_main(program, work, hint=""):
     """work() -> exit code: its own, or 1 where numbers broke down, 2 for what the user can mend,
     130 for Ctrl-C, 141 where nobody reads what is printed any more (as in `| head`). `hint` says
@@ -96,6 +159,11 @@ def run_main(program, work, hint=""):
         code, text = 2, str(error)
     except NotFinite as error:
         code, text = 1, str(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        code, text = 2, (f"{first_line(error)} Smaller --micro-batch-tokens, --cache-tokens or "
+                         f"--context take less{hint}")
     except OSError as error:  # a full disk, above all
         code, text = 2, first_line(error) + hint
     print(f"{program}: {text}", file=sys.stderr)

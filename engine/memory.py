@@ -47,6 +47,17 @@ def plan_memory(policy):
                       longest * kept > free / 2)
 
 
+def plain_layers(body, itemsize):
+    """The adapted layers, where their matrices W + BA are few enough to be held in plain."""
+    layers = [module for module in body.modules() if hasattr(module, "base_layer")]
+    num_weights = 0
+    for layer in layers:
+        if not isinstance(layer.base_layer, torch.nn.Linear):  # GPT-2 has its own kind
+            return []
+        num_weights += layer.in_features * layer.out_features
+    return layers if num_weights * itemsize <= PLAIN_BYTES else []
+
+
 def bytes_kept(policy, ids):
     """What a forward pass keeps for its backward pass, weights left out."""
     weights = {weight.untyped_storage().data_ptr() for weight in policy.model.parameters()}

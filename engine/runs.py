@@ -9,27 +9,34 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import ZipFile
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from engine.errors import UsageError
+from engine.draw import draw_curve
+from engine.errors import UsageError, first_line
 from engine.files import write_aside, write_json
+from tree import has_contrast, nodes
 
 PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of a checkpoint
 
 
-def fresh_folder(out, name):
-    """A path for a new run: `out`, which must not hold one, or runs/`name`, numbered."""
+def fresh_folder(config):
+    """A path for a new run: its --out, which must not hold one, or a new name in runs/."""
+    out = config.out
     if out:
         if any((Path(out) / file).exists() for file in ("config.json", "metrics.jsonl")):
             raise UsageError(f"--out {out}: holds a run already; --resume {out} goes on with it")
         return Path(out)
+    name = f"{config.method}-{Path(config.data).stem}-s{config.seed}"
     folder, number = Path("runs") / name, 1
     while folder.exists():
         number += 1
@@ -51,11 +58,11 @@ def start_folder(folder, dials, fresh):
 class Journal:
     """metrics.jsonl and evals.jsonl, which a resumed run cuts back to its last checkpoint."""
 
-    def __init__(self, folder, lengths=None):
-        """`lengths`: bytes of each that the checkpoint knows; by default both start empty."""
-        self.streams = {}
+    def __init__(self, folder, lengths):
+        """`lengths`: bytes of each that the checkpoint knows; none in a fresh run."""
+        self.streams, self.is_new = {}, not lengths.get("evals")  # nothing evaluated yet
         for name in ("metrics", "evals"):
-            stream, length = open(folder / f"{name}.jsonl", "ab"), (lengths or {}).get(name, 0)
+            stream, length = open(folder / f"{name}.jsonl", "ab"), lengths.get(name, 0)
             if stream.tell() < length:
                 raise UsageError(f"{stream.name}: shorter than the checkpoint says, changed by "
                                  "hand; bring it back, or start again in another folder")
@@ -88,8 +95,14 @@ def checkpoint_files(folder):
     return sorted(Path(folder, "checkpoint").glob("step-*.pt"))
 
 
-def save_checkpoint(folder, step, content):
-    """Write checkpoint/step-000010.pt and keep the one before it."""
+def save_run(folder, step, dials, journal, parts):
+    """Bring a run to the disk: adapter/, curve.png, and checkpoint/step-000010.pt with the
+    state_dict of all `parts` by name. The checkpoint before it is kept."""
+    save_adapter(parts["policy"].model, folder)
+    draw_curve(folder)
+    content = {"config": dials, "lengths": journal.sync()}
+    for name, part in parts.items():
+        content[name] = part.state_dict()
     torch.save(content, buffer := io.BytesIO())  # into a file it would hide that a disk is full
     with write_aside(checkpoint_file(folder, step)) as stream:
         stream.write(buffer.getbuffer())
@@ -124,6 +137,22 @@ def load_checkpoint(folder):
     return saved
 
 
+def save_adapter(model, folder):
+    """Write adapter/ in peft's format: PeftModel.from_pretrained(base, folder) loads it. Written
+    aside: it never holds half a file. (Left to find out whether embeddings are to be saved, peft
+    would ask the hub.)"""
+    aside, folder = folder / "adapter.part", folder / "adapter"
+    shutil.rmtree(aside, ignore_errors=True)  # what a kill may have left
+    try:
+        model.save_pretrained(aside, save_embedding_layers=False)
+    except SafetensorError as error:  # a full disk
+        raise OSError(first_line(error)) from None
+    folder.mkdir(exist_ok=True)
+    for file in aside.iterdir():
+        file.replace(folder / file.name)
+    aside.rmdir()
+
+
 class LapTimer:
     """Seconds by name: `lap("sample")` adds what has passed since the last call."""
 
@@ -155,14 +184,47 @@ def ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
-# ---------------------------------------------------------------- what a run prints
+# ---------------------------------------------------------------- what a run tells
+def tree_metrics(roots, m, bare, continuations):
+    """What a step's trees look like, after backup; GUIDE.md explains each number. m [roots]: how
+    many of the bare rollouts are whose."""
+    num_leaves, num_cut, num_overflowed = len(bare) + len(continuations), 0, 0
+    for root in roots:
+        for node in nodes(root):
+            num_cut += node.cut_observation
+            num_overflowed += node.overflowed
+    return {"leaves": num_leaves, "active_prompts": len(roots),
+            "leaves_per_prompt": num_leaves / len(roots),
+            "group_sizes": dict(sorted(Counter(m.tolist()).items())),
+            "reward_mean": sum(leaf.reward for leaf in bare) / len(bare),
+            "effective_ratio": sum(map(has_contrast, roots)) / len(roots),
+            "cut_observations": num_cut, "overflowed_episodes": num_overflowed}
+
+
 def say(text):
     """A line that does not tear a progress bar."""
     tqdm.write(text)
 
 
-def describe(row):
-    """One line per step, with units."""
+def describe_run(folder, config, device):
+    """What is about to happen, in one line."""
+    todo = f"{config.steps} steps of {config.budget:,} sampled tokens"
+    return (f"{folder}: {config.method}, model {config.model}, data {config.data}, seed "
+            f"{config.seed}, on {device}; {'evaluation' if config.eval_only else todo}")
+
+
+def describe_scores(row):
+    """An evaluation in one line."""
+    after = ""
+    if "sampled_tokens" in row:
+        after = f" after {row['sampled_tokens']:,} sampled tokens"
+    by_hops = [f"{hops}: {100 * em:.0f} %" for hops, em in row["by_hops"].items()]
+    return (f"held-out exact match {100 * row['em']:.1f} %, F1 {100 * row['f1']:.1f} % on "
+            f"{row['num_questions']:,} questions{after}; by hops {', '.join(by_hops)}")
+
+
+def describe_step(row):
+    """A training step in one line, with units."""
     auroc = "-" if row["predictor_auroc"] is None else f"{row['predictor_auroc']:.2f}"
     line = (f"step {row['step']:3d} | reward {row['reward_mean']:.2f} | Effective Ratio predicted "
             f"{row['predicted_effective_ratio']:.2f} realised {row['effective_ratio']:.2f} | "

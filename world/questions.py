@@ -1,5 +1,5 @@
 """Questions to train on and to evaluate on, and the pool from which each step draws."""
-from collections import Counter
+from collections import Counter, defaultdict
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -61,6 +61,21 @@ def load_file(file):
 def is_held_out(question):
     """A fifth of all questions, by hash of the id."""
     return int.from_bytes(blake2b(question.id.encode(), digest_size=4).digest()) % 5 == 0
+
+
+def means_by_group(questions, scores):
+    """Mean scores by hop count, kind and trap (of toy questions): {by_hops: {group: mean}, ..}."""
+    groups = {"by_hops": defaultdict(list), "by_kind": defaultdict(list),
+              "by_trap": defaultdict(list)}
+    for question, score in zip(questions, scores):
+        groups["by_hops"][str(question.num_hops)].append(score)
+        groups["by_kind"][question.kind].append(score)
+        for trap in getattr(question, "traps", ()):
+            groups["by_trap"][trap].append(score)
+    means = {}
+    for name, found in groups.items():
+        means[name] = {group: float(np.mean(found[group])) for group in sorted(found)}
+    return means
 
 
 class Prompts:

@@ -1,0 +1,40 @@
+"""How many rollouts a budget in sampled tokens buys."""
+from dataclasses import dataclass
+
+from engine.errors import UsageError
+
+DECAY = 0.7  # per step, of the counts from which the cost of a rollout is forecast
+
+
+@dataclass
+class Schedule:
+    """`budget` tokens per step from the start: what earlier steps overspent or left is carried
+    over. A bare rollout costs, with its continuations, what they cost lately."""
+    budget: int
+    num_continuations: int     # N, per bare rollout
+    num_rollouts: float = 0.0  # lately: decayed per step
+    tokens: float = 0.0        # ... that they and their continuations took
+    step: int = 0
+    sampled_tokens: int = 0    # since the start
+    bad_steps: int = 0         # in a row, with numbers that were not finite
+
+    def guess(self, episode_tokens):
+        """Before the first step, worth two rollouts; a continuation costs 0.6 of an episode."""
+        self.num_rollouts = 2.0
+        self.tokens = 2 * max(1.0, episode_tokens) * (1 + 0.6 * self.num_continuations)
+
+    def num_bare(self):
+        """M, at least 2."""
+        left = self.budget * (self.step + 1) - self.sampled_tokens
+        return max(2, int(left * self.num_rollouts / max(self.num_rollouts, self.tokens)))
+
+    def advance(self, num_bare, tokens, finite=True):
+        """A step is done: what it spent, and whether its numbers were finite."""
+        self.step += 1
+        if not tokens:
+            raise UsageError(f"step {self.step}: no question left room for a turn; --context must "
+                             "be larger or --turn-tokens smaller, in a new run")
+        self.sampled_tokens += tokens
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        self.num_rollouts = DECAY * self.num_rollouts + num_bare
+        self.tokens = DECAY * self.tokens + tokens
