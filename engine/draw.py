@@ -1,185 +1,194 @@
-"""The pictures, without pyplot: a run's curve, the arms of an ablation, the cycle, the tree."""
+"""The pictures, without pyplot: a run's curve, the cycle, the tree; the tree as text too."""
 import io
 import json
 import textwrap
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from matplotlib import font_manager, ft2font, patches, ticker
+from matplotlib import font_manager, ticker
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from engine.files import write_aside
 from react_env import parse_action, split_completion
 from tree import nodes, path
 
 COLOURS = BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY, BROWN = (  # Okabe and Ito, and two
     "black", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "gray", "sienna")
 STYLES = "-o", "--s", "-.D", ":^", "-v", "--P", "-.X", ":*", "-p"
+FONT = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))  # comes with matplotlib
 
 
 class Picture(Figure):
-    """A Figure that a notebook shows although pyplot does not know it."""
-    def _repr_png_(self):
-        self.savefig(stream := io.BytesIO(), format="png", dpi=100)
+    """A Figure that a notebook shows although pyplot does not know it. Characters that the font
+    does not have, such as lone surrogates in the name of a folder, are drawn as �."""
+    def _repr_png_(self, dpi=100):
+        for text in self.findobj(Text):
+            text.set_text("".join(map(drawable, text.get_text())))
+        stream = io.BytesIO()
+        self.savefig(stream, dpi=dpi)
         return stream.getvalue()
 
     def write(self, file):
-        """Save in the format of the file's suffix, whole or not at all; -> Path."""
-        self.savefig(aside := Path(f"{file}.part"), format=Path(file).suffix[1:], dpi=150)
-        return aside.replace(file)
+        """Save as PNG, whole or not at all; -> Path."""
+        with write_aside(file) as stream:
+            stream.write(self._repr_png_(150))
+        return Path(file)
+
+
+def drawable(char):
+    return char if char == "\n" or FONT.get_char_index(ord(char)) else "�"
+
+
+def label_axes(axes, ylabel):
+    axes.set(xlabel="sampled tokens since the start", ylabel=ylabel)
+    axes.xaxis.set_major_formatter(ticker.EngFormatter())  # 50 k, 1 M
+    axes.grid(alpha=0.3)
+    axes.legend(loc=(0, 1.01), frameon=False, handlelength=3.5)  # hides no data
+
+
+# ---------------------------------------------------------------- a run
+CURVES = (  # (panel, column, meaning)
+    (0, "em_first", "held-out exact match, greedy"),
+    (0, "reward_mean", "training: mean reward of bare rollouts"),
+    (1, "effective_ratio", "Effective Ratio, realised"),
+    (1, "predicted_effective_ratio", "Effective Ratio, predicted"),
+    (1, "predictor_auroc", "predictor AUROC (0.5: chance)"))
 
 
 def draw_curve(folder):
     """Write curve.png of a run folder, from metrics.jsonl and evals.jsonl; -> its Path."""
-    steps, evals = ([json.loads(line) for line in file.open()] if file.exists() else []
-                    for file in (Path(folder, "metrics.jsonl"), Path(folder, "evals.jsonl")))
+    rows = []
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        rows += map(json.loads, Path(folder, name).read_text().splitlines())
+    x = [row["sampled_tokens"] for row in rows]
     figure = Picture(figsize=(6.4, 7.5), layout="constrained")
     figure.suptitle(Path(folder).resolve().name, parse_math=False)
-    top, low = figure.subplots(2, 1, sharex=True, subplot_kw={"ylim": (-0.03, 1.03)})
-    for axes, rows, name, style, colour, label in (
-            (top, steps, "reward_mean", ".-", SKY, "training: mean reward of bare rollouts"),
-            (top, evals, "em_first", "--o", BLACK, "held-out exact match, greedy"),
-            (low, steps, "effective_ratio", "-s", BLUE, "Effective Ratio, realised"),
-            (low, steps, "predicted_effective_ratio", "--^", ORANGE, "Effective Ratio, predicted"),
-            (low, steps, "predictor_auroc", ":x", BLACK, "predictor AUROC (0.5: chance)")):
-        x, y = (np.array([row.get(n) for row in rows], float) for n in ("sampled_tokens", name))
-        axes.plot(x, y, style, color=colour, lw=1.2, ms=5, label=label)  # None is nan now: a gap
-    label_axes(top, "right answers (share of episodes)", "")
-    label_axes(low, "share of prompts, or AUROC")
+    panels = figure.subplots(2, subplot_kw={"ylim": (-0.03, 1.03)})
+    for i, (panel, column, meaning) in enumerate(CURVES):
+        y = [row.get(column) for row in rows]  # None is a gap
+        panels[panel].plot(x, y, STYLES[i], color=COLOURS[i], ms=4, label=meaning)
+    label_axes(panels[0], "share of episodes")
+    label_axes(panels[1], "share of prompts, or AUROC")
     return figure.write(Path(folder, "curve.png"))
 
 
-def label_axes(axes, ylabel, xlabel="sampled tokens since the start", ncols=1):
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.xaxis.set_major_formatter(ticker.EngFormatter())  # 50 k, 1 M
-    axes.grid(alpha=0.3)
-    axes.legend(loc=(0, 1.01), frameon=False, handlelength=3.5, ncols=ncols)  # hides no data
-
-
-STEPS = ("1  draw a pool\nof prompts", "2  stage 1:\nwhich prompts", "3  sample bare\nrollouts",
-         "4  stage 2:\nwhich prefixes", "5  sample\ncontinuations", "6  targets,\nbottom up",
-         "7  update the\npredictor", "8  update the\npolicy")
+# ---------------------------------------------------------------- the cycle
+STEPS = ("1  draw a pool\nof questions", "2  stage 1:\nchoose questions",
+         "3  sample rollouts\nfrom the start", "4  stage 2:\nchoose turns",
+         "5  sample\ncontinuations", "6  average rewards\nup the tree",
+         "7  teach\nthe predictor", "8  teach\nthe policy")
+RING = ((0.12, 0.73), (0.37, 0.73), (0.63, 0.73), (0.88, 0.73),
+        (0.88, 0.27), (0.63, 0.27), (0.37, 0.27), (0.12, 0.27))
 
 
 def draw_cycle(*present):
     """The eight steps of TRACE in a ring, as a Figure; the steps of these numbers are marked."""
-    axes = (figure := Picture(figsize=(6.4, 1.75))).add_axes((0, 0, 1, 1))
-    axes.axis((0, 6.4, 0, 1.75))  # data coordinates are inches
-    axes.axis("off")
-    at = [(0.82 + 1.59 * min(i, 7 - i), 1.3 if i < 4 else 0.45) for i in range(8)]
-    for i, ((x, y), text) in enumerate(zip(at, STEPS)):
-        marked = i + 1 in present
-        axes.add_patch(patches.FancyBboxPatch(
-            (x - 0.6, y - 0.22), 1.2, 0.44, "round,pad=0.06", lw=1.2, zorder=2,
-            fc=BLUE if marked else "white", ec="black"))
-        axes.text(x, y, text, ha="center", va="center", fontsize=9, zorder=3,
-                  color="white" if marked else "black", weight="bold" if marked else "normal")
-        axes.add_patch(patches.FancyArrowPatch(
-            (x, y), at[(i + 1) % 8], arrowstyle="-|>", mutation_scale=12, lw=1.2, color="gray",
-            shrinkA=49 if i % 4 < 3 else 21, shrinkB=49 if i % 4 < 3 else 21))
+    figure, axes = _paper(6.4, 1.75)
+    for i in reversed(range(8)):  # a box hides the beginning of the arrow that leaves it
+        box = {"boxstyle": "round,pad=0.6", "fc": ORANGE if i + 1 in present else "white"}
+        axes.annotate(STEPS[i], RING[i - 1], RING[i], ha="center", va="center", fontsize=9.5,
+                      bbox=box, arrowprops={"arrowstyle": "<|-", "fc": "black", "shrinkB": 22})
     return figure
 
 
-def _action(node, text_of):
-    return " ".join(split_completion(text_of(node))[1].split()) or "(no action)"
+def _paper(width, height):
+    """-> (figure, axes) without margins or frame; sizes in inches."""
+    figure = Picture(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    return figure, axes
+
+
+# ---------------------------------------------------------------- the tree
+LOOKS = {  # of a node: marker and fill, light enough for black ink
+    "◆": ("D", ORANGE), "─": ("o", "white"), "✓": ("s", "lightgreen"), "✗": ("s", "white"),
+    "…": ("s", "lightgray")}
+LEGEND = ("◆ expanded turn: continuations start here   ○ other turn",
+          "── bare rollout, from the question on   ╌╌ continuation",
+          "✓ right answer   ✗ wrong answer   … no answer")
+NUMBERS = {"value": "Numbers: V̂, the mean reward of the leaves below",
+           "predicted": "Numbers: Ṽ, the predicted chance of success"}
 
 
 def _mark(node):
-    """✓ right, ✗ wrong, … no answer; ◆ a prefix after which rollouts part, ─ another."""
-    if node.is_leaf:
-        answered = node.state.prediction is not None and not node.overflowed
-        return "✓" if node.reward else "✗" if answered else "…"
-    return "◆" if node.depth > 0 and len(node.children) > 1 else "─"
+    """The key of the node's look. Expanded is a turn after which rollouts part."""
+    if not node.is_leaf:
+        return "◆" if node.depth > 0 and len(node.children) > 1 else "─"
+    if node.reward:
+        return "✓"
+    return "…" if node.overflowed or node.state.prediction is None else "✗"
+
+
+def _action(node, text_of):
+    if node.parent is None:
+        return "(question)"
+    return " ".join(split_completion(text_of(node))[1].split()) or "(no action)"
+
+
+def _cut(text, num_chars):
+    return text if len(text) <= num_chars else text[:num_chars - 1] + "…"
+
+
+def _number(chance):
+    return "" if chance is None else f"{chance:.2f}"
 
 
 def tree_text(root, text_of, width=56):
     """A backed-up tree in plain text, a turn per line; `text_of(node)` is what the policy wrote
     there. Columns: Ṽ where predicted, V̂, leaves. Actions are cut to end at `width`."""
-    lines = textwrap.wrap(root.state.question.text, 75) + [f"{'':{width}}     Ṽ     V̂ leaves"]
+    lines = textwrap.wrap(root.state.question.text, 75)
+    lines.append(f"{'':{width}}     Ṽ     V̂ leaves")
     for node in nodes(root):
-        last = [n is n.parent.children[-1] for n in path(node)[1:]]
-        line = "".join("   " if end else "│  " for end in last[:-1])
-        line += f"{'├└'[last[-1]]}─{_mark(node)} {_action(node, text_of)}" if last else "(question)"
-        line = line if len(line) <= width else line[:width - 1] + "…"
-        value, num = (None, "") if node.is_leaf else (node.value, node.num_leaves)
-        for chance in (node.predicted, value):
-            line = f"{line:{width}}" + (" " * 6 if chance is None else f"{chance:6.2f}")
-        lines.append(f"{line}{num:7}".rstrip())
-    return "\n".join([*lines, "✓ right   ✗ wrong   … no answer   ◆ expanded prefix"])
+        line = f"{'│  ' * node.depth}{_mark(node)} {_action(node, text_of)}"
+        line = f"{_cut(line, width):{width}}{_number(node.predicted):>6}"
+        if not node.is_leaf:
+            line += f"{_number(node.value):>6}{node.num_leaves:7}"
+        lines.append(line.rstrip())
+    lines.append("✓ right   ✗ wrong   … no answer   ◆ expanded turn")
+    return "\n".join(lines)
 
 
-ROW, COLUMN, BEND, LEFT, SIZE = 0.38, 1.7, 0.28, 0.35, 9.5  # inches; SIZE points
-FONT = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))  # to measure text with
-FONT.set_size(SIZE, 720)  # dots per inch
-CMAP = matplotlib.colormaps["cividis"]  # its lightness alone orders it
-LABELS = {"value": r"success $\hat V$: mean reward of the leaves below",
-          "predicted": r"success $\tilde V$ as predicted (white: was not)"}
-
-
-def draw_tree(root, text_of, title="", estimate="", label=""):
+def draw_tree(root, text_of, title="", estimate="value", label=""):
     """A backed-up tree as a Figure: turns from left to right, a row per leaf; `text_of(node)` is
-    what the policy wrote there. Node colour and number: `estimate`, "predicted" (Ṽ) or "value"
-    (V̂), explained by `label`; by default Ṽ if the root has one. Line width: rollouts through."""
-    estimate = estimate or ("value" if root.predicted is None else "predicted")
-    at = _layout(root)
-    width = max(max(x for x, _ in at.values()) + 0.25, 5.6)
-    head = [title] * bool(title) + textwrap.wrap(root.state.question.text, int(11.5 * width))
-    height = 2 * at[root][1] + 0.2 * len(head) + 1.0
-    axes = (figure := Picture(figsize=(width, height))).add_axes((0, 0, 1, 1))
-    axes.axis((0, width, 0, height))  # data coordinates are inches
-    axes.axis("off")
-    for node, (x, y) in at.items():
+    what the policy wrote there. The numbers in the nodes are their `estimate`, "value" (V̂) or
+    "predicted" (Ṽ), or what `label` says that they are."""
+    rows = _rows(root)
+    depth = max(3, *(node.depth for node in rows))
+    question = textwrap.wrap(root.state.question.text, 20 * depth)
+    head = [title, *question, label or NUMBERS[estimate], *LEGEND]
+    height = 2 * rows[root] + len(head) / 2 + 2  # in rows
+    figure, axes = _paper(1.75 * depth + 0.7, 0.42 * height)
+    axes.axis((-0.2, depth + 0.2, -0.6, height - 0.6))
+    axes.text(-0.12, height - 0.9, "\n".join(head), va="top", linespacing=1.5, parse_math=False)
+    for node, row in rows.items():
         if node is not root:
-            _draw_turn(axes, *at[node.parent], x, y, node.num_leaves, _action(node, text_of))
-        _draw_node(axes, x, y, _mark(node), getattr(node, "reward" if node.is_leaf else estimate))
-    for i, line in enumerate(head):
-        axes.text(0.15, height - 0.1 - 0.2 * i, line, va="top", fontsize=10.5, parse_math=False,
-                  weight="bold" if line is title else "normal")
-    top = height - 0.2 * len(head) - 0.3
-    bar = axes.inset_axes((0.2, top - 0.07, 1.4, 0.14), transform=axes.transData)
-    figure.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), bar, orientation="horizontal",
-                    ticks=(0, 0.5, 1), format="{x:g}").ax.tick_params(labelsize=8, length=2, pad=1)
-    axes.text(1.75, top, label or LABELS[estimate], fontsize=SIZE, va="center")
-    axes.text(0.15, top - 0.42, "✓ right   ✗ wrong   … no answer   ring: expanded prefix"
-              "   line width: rollouts", fontsize=SIZE)
+            _draw_turn(axes, node, rows, _action(node, text_of))
+        mark = _mark(node)
+        marker, fill = LOOKS[mark]
+        number = _number(getattr(node, estimate)).lstrip("0")
+        axes.plot(node.depth, row, marker, ms=21, mec="black", mfc=fill)
+        axes.text(node.depth, row, mark if node.is_leaf else number, ha="center", va="center",
+                  fontsize=8.5)
     return figure
 
 
-def _layout(root):
-    """{node: (x, y)} in inches, y upwards, with the root in the middle."""
-    at, num = {}, sum(not node.children for node in nodes(root))
-    y = low = ROW / 2 + 0.05  # of the lowest leaf
-    for node in reversed(nodes(root)):  # last leaf first; a bare rollout is a straight line
-        at[node] = LEFT + node.depth * COLUMN, at[node.children[0]][1] if node.children else y
-        y += 0 if node.children else ROW
-    return at | {root: (LEFT, low + (num - 1) * ROW / 2)}
+def _rows(root):
+    """{node: its row}, upwards from the last leaf. A bare rollout is a straight line."""
+    rows = {}
+    ends = [node for node in nodes(root) if not node.children]
+    for row, end in enumerate(reversed(ends)):
+        rows |= dict.fromkeys(path(end), row)  # of several children the first counts
+    rows[root] = row / 2
+    return rows
 
 
-def _draw_turn(axes, x0, y0, x, y, num_leaves, action):
-    """The line into a node, with the kind of the action above it and its argument below."""
-    left, thick = x0 + BEND, min(0.5 + 0.8 * max(1, num_leaves), 7)  # inches, points
-    line = matplotlib.path.Path([(x0, y0), (x0, y), (left, y), (x, y)], [1, 3, 3, 2])
-    axes.add_patch(patches.PathPatch(line, fill=False, ec="#999999", lw=thick, zorder=1))
+def _draw_turn(axes, node, rows, action):
+    """The line into a node, with what was done above it and to what below it."""
+    continued = node.sample != path(node)[1].sample
+    row = rows[node]
+    bend = node.depth - 0.83
+    axes.plot([node.depth - 1, bend, node.depth], [rows[node.parent], row, row], lw=2, zorder=1,
+              ls="--" if continued else "-", color=RED if continued else GREY)
     kind, argument = parse_action(action)
-    argument = _cut(argument[:60], x - left - 0.26)
-    style = {"textcoords": "offset points", "parse_math": False}
-    axes.annotate(kind.title(), (left, y), (2, thick / 2), fontsize=8, va="bottom", **style)
-    axes.annotate(argument, (left, y), (2, -thick / 2 - 1), fontsize=SIZE, va="top", **style)
-
-
-def _cut(text, room):
-    """`text`, cut until it is at most `room` inches wide."""
-    FONT.set_text(text)
-    return text if FONT.get_width_height()[0] / 64 <= 720 * room else _cut(text[:-2] + "…", room)
-
-
-def _draw_node(axes, x, y, mark, chance):
-    """A turn: a circle with its chance. A leaf: a square with its mark, its chance the reward."""
-    fill = "white" if chance is None else CMAP(chance)
-    ink = "black" if chance is None or chance >= 0.5 else "white"
-    number = "" if chance is None else f"{round(chance, 2):g}".replace("0.", ".")
-    marker, size, points, text = ("s", 13, 10, mark) if mark in "✓✗…" else ("o", 17, 7, number)
-    if mark == "◆":
-        axes.plot(x, y, "o", ms=23, mfc="white", mec=RED, mew=2)
-    axes.plot(x, y, marker, ms=size, mec="black", mfc=fill)
-    axes.annotate(text, (x, y), ha="center", va="center", color=ink, fontsize=points)
+    axes.text(bend, row, f"{kind.title()}\n{_cut(argument, 17)}", va="center", linespacing=1.5,
+              family="monospace", fontsize=8.5, parse_math=False)
