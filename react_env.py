@@ -1,36 +1,41 @@
-"""An offline, forkable ReAct question-answering environment. No torch, no network.
+"""Questions answered with an encyclopedia, as in ReAct. No torch, no network.
 
-    questions, wiki = load_questions("hotpot_dev_distractor_v1.json")
-    env, transcript = ReActEnv(wiki, max_turns=7), prompt_text(questions[0])
+    questions, wiki = load_questions("hotpot_dev_distractor_v1.json")  # of world.files
+    env, transcript = ReActEnv(wiki), prompt_text(questions[0])
     episode = env.reset(questions[0])
     while not episode.done:
-        episode = env.step(episode, split_completion(my_model(transcript))[1])
-        transcript += ...  # the completion, then observation_text(episode.observation)
+        completion = my_model(transcript)
+        episode = env.step(episode, split_completion(completion)[1])
+        transcript += completion + observation_text(episode.observation)
 
-The tools are those of ReAct (Yao et al. 2023, `wikienv.py`); each call is a turn:
+A turn is one call of a tool (Yao et al. 2023, `wikienv.py`):
   Search[title]    a hit shows the page's first five sentences, a miss similar titles
-  Lookup[keyword]  the next sentence of the page that holds the keyword, in any case
+  Lookup[keyword]  the next sentence of that page that holds the keyword, in any case
   Finish[answer]   ends the episode; reward 1 if the answer is an exact match, else 0
-Lenient beyond the original: white space before a capital (`  Search[x]`), and titles in
-another case, with HTML entities or other white space. Stricter: `think[x]` is invalid.
-As there, `Lookup[]` walks through the page, and without a page nothing is found. Faults
-that are not repeated: an empty action or a backslash in a page raised, a timeout could
-score, rewards were fuzzy and given again. An observation is one line, so that no text
-can forge a transcript, and echoes at most 200 characters of an action.
+
+More is understood than by the original: white space around an action, and titles in
+another case, with HTML entities or with other white space. One thing is not: `think[x]`
+is an invalid action. As there, `Lookup[]` walks through the whole page. Its faults are
+not repeated: an empty action or a backslash in a page raised an error, an episode that
+ran out of turns could score, and rewards were fuzzy and given more than once.
 """
 import html
 import re
 import string
-from collections import Counter, namedtuple
+from collections import Counter
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+SHOWN_SENTENCES = 5  # of a page, by Search; what stands later needs Lookup
 MAX_ECHO = 200  # characters of an action that an observation repeats and BM25 sees
-MAX_MATCH = 1000  # characters; the HTML entities of a longer title stay
+MAX_MATCH = 1000  # characters; HTML entities in a longer title are left as they are
 TITLE_WEIGHT = 5.0  # a word of the title counts for more than the same word in a text
+CLOSED_ANSWERS = (["yes"], ["no"], ["noanswer"])
 
 
+# ---------------------------------------------------------------- metrics, questions
 def normalize_answer(s):
     """Lower case, then without ASCII punctuation, a/an/the and extra white space."""
     text = s.lower().translate(str.maketrans("", "", string.punctuation))
@@ -40,25 +45,36 @@ def normalize_answer(s):
 def answer_scores(prediction, golds, rules="hotpot"):
     """dict(em, f1, precision, recall) in [0, 1], each the best over the golds.
 
-    The official rules of HotpotQA and 2WikiMultihopQA; with rules="musique" there is no
-    yes/no rule and two empty answers have F1 1. None (never finished) scores 0.
+    The official rules of HotpotQA and 2WikiMultihopQA. Those of MuSiQue differ in two
+    points: it has no yes/no rule, and two empty answers have F1 1.
+    A prediction of None (the episode never finished) scores 0.
     """
+    best = {"em": 0.0, "f1": 0.0, "precision": 0.0, "recall": 0.0}
     if prediction is None:
-        golds = ()
-    best, closed = (0.0,) * 4, (["yes"], ["no"], ["noanswer"])
-    for gold in [golds] if isinstance(golds, str) else golds:
-        said, true = (normalize_answer(s).split() for s in (prediction, gold))
-        same = sum((Counter(said) & Counter(true)).values())
-        if rules != "musique" and said != true and (said in closed or true in closed):
-            same = 0  # "yes, it is" is not half a "yes"
-        overlap = (0.0,) * 3
-        if same:
-            overlap = (2 * same / (len(said) + len(true)), same / len(said),
-                       same / len(true))
-        elif rules == "musique" and not said + true:
-            overlap = (1.0,) * 3
-        best = tuple(map(max, best, (float(said == true), *overlap)))
-    return dict(zip(("em", "f1", "precision", "recall"), best))
+        return best
+    if isinstance(golds, str):
+        golds = [golds]
+    for gold in golds:
+        for name, score in _compare(prediction, gold, rules).items():
+            best[name] = max(best[name], score)
+    return best
+
+
+def _compare(prediction, gold, rules):
+    """The scores against one gold answer."""
+    said = normalize_answer(prediction).split()
+    true = normalize_answer(gold).split()
+    if rules == "musique":  # two empty answers share one empty word
+        said = said or [""]
+        true = true or [""]
+    num_same = (Counter(said) & Counter(true)).total()
+    is_closed = said in CLOSED_ANSWERS or true in CLOSED_ANSWERS
+    if is_closed and said != true and rules != "musique":
+        num_same = 0  # "yes, it is" is not half a "yes"
+    return {"em": float(said == true),
+            "f1": 2 * num_same / max(1, len(said) + len(true)),
+            "precision": num_same / max(1, len(said)),
+            "recall": num_same / max(1, len(true))}
 
 
 def exact_match(prediction, golds):
@@ -79,14 +95,15 @@ class Question:
     kind: str
     num_hops: int
     gold_titles: tuple = ()  # distinct
-    rules: str = "hotpot"  # hotpot | 2wiki | musique | toy; toy scores as hotpot
+    rules: str = "hotpot"  # hotpot | 2wiki | musique | toy; all but musique score alike
 
     def score(self, prediction):
         """dict(em, f1, precision, recall) by the rules of the question's data set."""
         return answer_scores(prediction, self.answers, self.rules)
 
 
-def _keys(title):
+# ---------------------------------------------------------------- the wiki
+def _forms(title):
     """Four forms of a title, from exact to loose."""
     bare = title.strip()
     plain = html.unescape(bare) if len(bare) <= MAX_MATCH else bare
@@ -100,29 +117,40 @@ class Wiki:
     """
 
     def __init__(self, articles, joiner=" "):
-        self.joiner, self._pages, self._found, self._indexes = joiner, {}, {}, None
-        texts = {}  # title: {text: None}, a set that keeps its order
+        self.joiner = joiner
+        self._pages = {}  # title: sentences
+        self._indexes = None  # for `similar`
+        known = set()
         for title, sentences in articles:
-            texts.setdefault(title, {})[tuple(sentences)] = None
-        for title, (page, *further) in texts.items():
-            for first, *rest in filter(None, further):  # "" must not glue two texts
-                page += (first if joiner else " " + first, *rest)
-            self._pages[title] = page
+            text = tuple(sentences)
+            if (title, text) in known:
+                continue
+            known.add((title, text))
+            page = self._pages.get(title)
+            if page is not None and text and not joiner:  # do not glue two texts
+                text = (" " + text[0], *text[1:])
+            self._pages[title] = (page or ()) + text
         self.titles = list(self._pages)
-        for level in zip(*map(_keys, self._pages)):  # exact forms claim their key first
-            for key, title in zip(level, self._pages):
-                self._found.setdefault(key, title)
+        self._titles = {}  # form: title
+        forms = [_forms(title) for title in self.titles]
+        for level in range(4):  # the exact forms of all titles come before loose ones
+            for title, form in zip(self.titles, forms):
+                self._titles.setdefault(form[level], title)
 
     def __len__(self):
-        return len(self._pages)
+        return len(self.titles)
 
     def find(self, title):
         """The article's own title, an exact hit before a loose one, or None."""
-        return next((self._found[k] for k in _keys(title) if k in self._found), None)
+        for form in _forms(title):
+            if form in self._titles:
+                return self._titles[form]
+        return None
 
     def sentences(self, title):
         """All sentences of an article, as a tuple; KeyError if there is none."""
-        if (found := self.find(title)) is None:
+        found = self.find(title)
+        if found is None:
             raise KeyError(title)
         return self._pages[found]
 
@@ -135,34 +163,37 @@ class Wiki:
 
         Ties, such as titles that share no word with it, come in the wiki's order.
         """
+        if not self.titles:
+            return []
         if self._indexes is None:  # costs seconds at 100,000 articles, so only now
             texts = map(self.joiner.join, self._pages.values())
-            self._indexes = self._pages and [
-                _bm25(self._pages, b=0.3), _bm25(texts, b=0.75)]
+            self._indexes = _bm25(self.titles, b=0.3), _bm25(texts, b=0.75)
+        words = dict.fromkeys(re.findall(r"\w+", query[:MAX_ECHO].lower()))
         scores = np.zeros(len(self), np.float32)
-        words = list(dict.fromkeys(re.findall(r"\w+", query[:MAX_ECHO].lower())))
         for index, weight in zip(self._indexes, (TITLE_WEIGHT, 1.0)):
-            if ids := index.get_tokens_ids(words):
-                scores += weight * index.get_scores_from_ids(ids)
-        floor = np.sort(scores)[-k:].min(initial=np.inf)
-        best = np.flatnonzero(scores >= floor)  # few: a stable sort of all takes 10 ms
-        order = best[np.argsort(-scores[best], kind="stable")[:k]]
-        return [self.titles[i] for i in order]
+            ids = index.get_tokens_ids(words)
+            scores += weight * index.get_scores_from_ids(ids)
+        order = np.argsort(-scores, kind="stable")
+        return [self.titles[i] for i in order[:k]]
 
 
-def _bm25(documents, b):  # b: how much length counts against a document, 0 to 1
+def _bm25(documents, b):
+    """An index of texts; b is how much length counts against a text, 0 to 1."""
     import bm25s  # here, since many runs never miss a title
 
-    ids, vocab = [], {"": 0}  # word 0 stands for a document without words
-    for document in documents:
-        words = re.findall(r"\w+", document.lower()) or [""]
-        ids.append([vocab.setdefault(word, len(vocab)) for word in words])
+    words = bm25s.tokenize(documents, token_pattern=r"\w+", stopwords=None,
+                           allow_empty=False, show_progress=False)
     index = bm25s.BM25(b=b, backend="numpy")
-    index.index((ids, vocab), show_progress=False)
+    index.index(words, show_progress=False)
     return index
 
 
-Action = namedtuple("Action", "kind argument")  # search | lookup | finish | invalid
+# ---------------------------------------------------------------- actions and prompt
+class Action(NamedTuple):
+    kind: str  # search | lookup | finish | invalid
+    argument: str
+
+
 _ACTION = re.compile(r"([Ss]earch|[Ll]ookup|[Ff]inish)\[(.*)\]", re.DOTALL)
 _MARKER = re.compile(r"^[ \t]*Action(?: ?\d+)?:", re.MULTILINE)
 _STOP = re.compile(r"[][]|\n[ \t]*Observation(?: ?\d+)?:")
@@ -173,8 +204,11 @@ def parse_action(text):
 
     Never raises: whatever is no action is "invalid", with the stripped text.
     """
-    match = _ACTION.fullmatch(text := text.strip())
-    return Action(match[1].lower(), match[2]) if match else Action("invalid", text)
+    text = text.strip()
+    match = _ACTION.fullmatch(text)
+    if not match:
+        return Action("invalid", text)
+    return Action(match[1].lower(), match[2])
 
 
 def action_end(text):
@@ -183,21 +217,24 @@ def action_end(text):
     Complete: the brackets opened after the first line that begins with `Action:` are
     balanced. An `Observation:` line before that is the policy's own, and cut off too.
     """
-    depth, marker = 0, _MARKER.search(text)
+    marker = _MARKER.search(text)
+    depth = 0
     for stop in _STOP.finditer(text):
         if stop[0] not in "[]":
             return stop.start()
-        if marker and stop.start() >= marker.end():
-            depth += 1 if stop[0] == "[" else -1
-            if depth <= 0:  # below 0: a `]` first, which cannot become an action
-                return stop.end()
+        if not marker or stop.start() < marker.end():
+            continue  # a bracket within the thought
+        depth += 1 if stop[0] == "[" else -1
+        if depth <= 0:  # below 0: a `]` first, which cannot become an action
+            return stop.end()
     return None
 
 
 def split_completion(text):
     """(thought, action string) of a sampled turn, stripped; an action may be ""."""
     text = text[:action_end(text)]
-    if not (marker := _MARKER.search(text)):
+    marker = _MARKER.search(text)
+    if not marker:
         return text.strip(), ""
     return text[:marker.start()].strip(), text[marker.end():].strip()
 
@@ -209,7 +246,8 @@ def observation_text(observation):
 
 def prompt_text(question, few_shot=False):
     """The transcript up to the first thought; few_shot for models not trained here."""
-    return f"{FEW_SHOT if few_shot else ''}Question: {question.text}\nThought:"
+    examples = FEW_SHOT if few_shot else ""
+    return f"{examples}Question: {question.text}\nThought:"
 
 
 FEW_SHOT = """\
@@ -255,6 +293,7 @@ Action: Finish[no]
 """
 
 
+# ---------------------------------------------------------------- the environment
 @dataclass(frozen=True, slots=True)
 class Episode:
     """The state after `turn` calls. Immutable: keeping a reference is forking."""
@@ -264,7 +303,7 @@ class Episode:
     keyword: str | None = None
     lookup_index: int = 0  # results of this keyword already shown
     last_missed: bool = False  # the last action was a Search without a hit
-    observation: str = ""
+    observation: str = ""  # one line, so that no text can forge a transcript
     prediction: str | None = None  # None until Finish
     reward: float = 0.0  # of the last step
     done: bool = False
@@ -272,7 +311,8 @@ class Episode:
 
 class ReActEnv:
     def __init__(self, wiki, max_turns=7):
-        self.wiki, self.max_turns = wiki, max_turns
+        self.wiki = wiki
+        self.max_turns = max_turns
 
     def reset(self, question):
         """The first state of an episode."""
@@ -283,36 +323,44 @@ class ReActEnv:
         if episode.done:  # a reward is given once: a sum over steps counts it once
             return replace(episode, reward=0.0)
         kind, argument = parse_action(action_text)
-        turn, echo = episode.turn + 1, argument[:MAX_ECHO]
-        done = kind == "finish" or turn >= self.max_turns
-        new = dict(turn=turn, done=done, last_missed=False)
-        if kind == "search" and (title := self.wiki.find(argument)) is not None:
-            shown = [s for s in self.wiki.sentences(title) if s.strip()][:5]
-            text = self.wiki.joiner.join(shown) or "This article is empty."
-            new |= dict(page=title, keyword=None, lookup_index=0)
-        elif kind == "search":  # page and Lookup state stay
-            similar = ", ".join(self.wiki.similar(argument))
-            text = f"Could not find {echo}. Similar: [{similar}]"
-            new |= dict(last_missed=True)
+        echo = argument[:MAX_ECHO]
+        turn = episode.turn + 1
+        done = turn >= self.max_turns
+        new = replace(episode, turn=turn, done=done, last_missed=False)
+        if kind == "search":
+            title = self.wiki.find(argument)
+            if title is None:  # page and Lookup state stay
+                similar = ", ".join(self.wiki.similar(argument))
+                text = f"Could not find {echo}. Similar: [{similar}]"
+                new = replace(new, last_missed=True)
+            else:
+                shown = self._sentences(title)[:SHOWN_SENTENCES]
+                text = self.wiki.joiner.join(shown) or "This article is empty."
+                new = replace(new, page=title, keyword=None, lookup_index=0)
         elif kind == "lookup":
-            page = () if episode.page is None else self.wiki.sentences(episode.page)
+            index = episode.lookup_index if argument == episode.keyword else 0
             word = argument.lower()
-            hits = [s.strip() for s in page if s.strip() and word in s.lower()]
-            i = episode.lookup_index if argument == episode.keyword else 0
+            hits = [s for s in self._sentences(episode.page) if word in s.lower()]
             text = "No more results."
-            if i < len(hits):
-                text, i = f"(Result {i + 1} / {len(hits)}) {hits[i]}", i + 1
-            new |= dict(keyword=argument, lookup_index=i)
+            if index < len(hits):
+                text = f"(Result {index + 1} / {len(hits)}) {hits[index].strip()}"
+                index += 1
+            new = replace(new, keyword=argument, lookup_index=index)
         elif kind == "finish":
             reward = episode.question.score(argument)["em"]
             text = f"Episode finished, reward = {reward:.0f}"
-            new |= dict(prediction=argument, reward=reward)
+            new = replace(new, prediction=argument, reward=reward, done=True)
         else:
             text = f"Invalid action: {echo}"
-        return replace(episode, observation=" ".join(text.splitlines()), **new)
+        return replace(new, observation=" ".join(text.splitlines()))
+
+    def _sentences(self, page):
+        """The sentences of a page that are not blank; none without a page."""
+        if page is None:
+            return []
+        return [s for s in self.wiki.sentences(page) if s.strip()]
 
     def step_batch(self, episodes, actions):
         """`step` on each pair; equal lengths, or ValueError."""
-        return [self.step(*pair) for pair in zip(episodes, actions, strict=True)]
-
-
+        pairs = zip(episodes, actions, strict=True)
+        return [self.step(episode, action) for episode, action in pairs]

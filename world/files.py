@@ -3,64 +3,71 @@ import json
 import re
 from pathlib import Path
 
+from engine.errors import UsageError, first_line
+from engine.files import write_aside
 from react_env import Question, Wiki
 
-
-class DataError(ValueError):
-    """A file that cannot be used: one line that names the file, record and field."""
-
-
-# Shapes of records, for _check: {field: shape}, [shape], (shape, shape) or a type.
-_HOTPOT = dict(_id=str, question=str, answer=str, type=str, context=[(str, [str])],
-               supporting_facts=[(str, int)])  # 2WikiMultihopQA's too
-_MUSIQUE = dict(id=str, question=str, answer=str, answer_aliases=[str], paragraphs=[
-    dict(title=str, paragraph_text=str, is_supporting=bool)])
-_SENTENCE_END = re.compile(r"(?<=[.!?]) (?=\S)")  # in MuSiQue; " " joins it again
-_ALIASES = dict(Q_id=str, aliases=[str], demonyms=[str])
+# Shapes of records for _check: {field or place: shape}, [shape of every item], or a type.
+HOTPOT = {"_id": str, "question": str, "answer": str, "type": str,  # 2WikiMultihopQA's too
+          "context": [{0: str, 1: [str]}], "supporting_facts": [{0: str, 1: int}]}
+MUSIQUE = {"id": str, "question": str, "answer": str, "answer_aliases": [str],
+           "paragraphs": [{"title": str, "paragraph_text": str, "is_supporting": bool}]}
+ALIASES = {"Q_id": str, "aliases": [str], "demonyms": [str]}
+SENTENCE_END = re.compile(r"(?<=[.!?]) (?=\S)")  # in MuSiQue; " " joins it again
 
 
 def load_questions(path):
-    """(list of Question, Wiki of all their paragraphs); DataError if it cannot be used.
+    """(list of Question, Wiki of all their paragraphs); UsageError if it cannot be used.
 
     HotpotQA, 2WikiMultihopQA or MuSiQue, told by the first record's fields. `num_hops`:
     2 in HotpotQA, the gold titles in 2Wiki, as the id says in MuSiQue. 2Wiki's aliases
     come from the official `id_aliases.json` if that lies beside the file.
     """
-    records, questions, articles, aliases = _records(path), [], [], {}
-    fields = set(records[0]) if isinstance(records[0], dict) else set()
-    rules = ("musique" if fields & {"paragraphs", "question_decomposition"} else
-             "2wiki" if fields & {"evidences", "entity_ids"} else "hotpot")
-    beside = Path(path).with_name("id_aliases.json")
-    if rules == "2wiki" and beside.exists():
-        for n, names in enumerate(_records(beside), 1):
-            _check(names, _ALIASES, f"{beside}: record {n}")
-            aliases[names["Q_id"]] = names["aliases"] + names["demonyms"]
-    for n, record in enumerate(records, 1):
-        shape = _MUSIQUE if rules == "musique" else _HOTPOT
-        _check(record, shape, f"{path}: record {n}")
+    records = _records(path)
+    fields = records[0] if isinstance(records[0], dict) else ()
+    rules, shape = "hotpot", HOTPOT
+    if "paragraphs" in fields:
+        rules, shape = "musique", MUSIQUE
+    elif "evidences" in fields:
+        rules = "2wiki"
+    aliases = _read_aliases(Path(path).with_name("id_aliases.json")) if rules == "2wiki" else {}
+    questions, articles = [], []
+    for number, record in enumerate(records, 1):
+        _check(record, shape, f"{path}: record {number}")
         if rules == "musique":
             id, more = record["id"], record["answer_aliases"]
-            paragraphs = record["paragraphs"]
-            articles += [(p["title"], _SENTENCE_END.split(p["paragraph_text"]))
-                         for p in paragraphs]
-            gold = [p["title"] for p in paragraphs if p["is_supporting"]]
             kind = id.split("__")[0]  # "3hop1"
+            pages = record["paragraphs"]
+            articles += [(p["title"], SENTENCE_END.split(p["paragraph_text"])) for p in pages]
+            gold = [p["title"] for p in pages if p["is_supporting"]]
             num_hops = int(kind[0]) if kind[:1].isdecimal() else len(gold)
         else:
             id, kind = record["_id"], record["type"]
             more = aliases.get(str(record.get("answer_id")), ())
-            articles += record["context"]
-            gold = [title for title, _ in record["supporting_facts"]]
+            articles += [page[:2] for page in record["context"]]
+            gold = [fact[0] for fact in record["supporting_facts"]]
             num_hops = 2 if rules == "hotpot" else len(set(gold))
-        answers, gold = (record["answer"], *more), tuple(dict.fromkeys(gold))
+        answers = (record["answer"], *more)
+        gold = tuple(dict.fromkeys(gold))
         questions.append(
             Question(id, record["question"], answers, kind, num_hops, gold, rules))
     return questions, Wiki(articles, joiner="" if rules == "hotpot" else " ")
 
 
+def _read_aliases(file):
+    """{id of an answer: its other names}, empty without the file."""
+    aliases = {}
+    if file.exists():
+        for number, names in enumerate(_records(file), 1):
+            _check(names, ALIASES, f"{file}: record {number}")
+            aliases[names["Q_id"]] = names["aliases"] + names["demonyms"]
+    return aliases
+
+
 def _records(path):
-    """The non-empty list of records in a JSON list or in JSON lines."""
-    where, records = path, []
+    """The records of a JSON list or of JSON lines, at least one."""
+    where = path
+    records = []
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
@@ -70,28 +77,27 @@ def _records(path):
                 where = f"{path}: record {len(records) + 1}"
                 records.append(json.loads(line))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{where}: {reason}") from None
+        raise UsageError(f"{where}: {first_line(error)}") from None
     if not records:
-        raise DataError(f"{path}: no questions")
+        raise UsageError(f"{path}: no questions")
     return records
 
 
 def _check(value, shape, where):
-    """DataError unless a JSON value has the shape (a tuple: a list of that length)."""
+    """UsageError that says where a JSON value has another shape."""
     if isinstance(shape, dict):
         for name in shape:
-            if not isinstance(value, dict) or name not in value:
-                raise DataError(f"{where}: field '{name}' is missing")
-            _check(value[name], shape[name], f"{where}: field '{name}'")
-        return
-    kind, length = (shape, "") if isinstance(shape, type) else (list, len(shape))
-    if not isinstance(value, kind):
-        raise DataError(f"{where} is not a {kind.__name__}")
-    if kind is list and len(value) != length > 1:
-        raise DataError(f"{where} has {len(value)} items, not {length}")
-    for i, item in enumerate(value if kind is list else ()):
-        _check(item, shape[i % length], f"{where}[{i}]")
+            try:
+                inner = value[name]
+            except (LookupError, TypeError):
+                raise UsageError(f"{where}: field '{name}' is missing") from None
+            _check(inner, shape[name], f"{where}: field '{name}'")
+    elif isinstance(shape, list):
+        _check(value, list, where)
+        for i, item in enumerate(value):
+            _check(item, shape[0], f"{where}[{i}]")
+    elif not isinstance(value, shape):
+        raise UsageError(f"{where} is not a {shape.__name__}")
 
 
 def write_predictions(folder, questions, predictions):
@@ -102,12 +108,13 @@ def write_predictions(folder, questions, predictions):
     A missing or None answer is written as "". The file appears whole or not at all.
     """
     answers = {q.id: predictions.get(q.id) or "" for q in questions}
-    name, lines = "predictions.json", [dict(answer=answers, sp={}, evidence={})]
+    file = Path(folder, "predictions.json")
+    lines = [{"answer": answers, "sp": {}, "evidence": {}}]
     if questions and questions[0].rules == "musique":
-        name, lines = "predictions.jsonl", [
-            dict(id=q.id, predicted_answer=answers[q.id], predicted_support_idxs=[],
-                 predicted_answerable=True) for q in questions]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    temporary = Path(folder, name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return temporary.replace(Path(folder, name))
+        file = file.with_suffix(".jsonl")
+        lines = [{"id": id, "predicted_answer": answer, "predicted_support_idxs": [],
+                  "predicted_answerable": True} for id, answer in answers.items()]
+    with write_aside(file) as stream:
+        for line in lines:
+            stream.write(json.dumps(line).encode() + b"\n")
+    return file

@@ -12,25 +12,29 @@ makes the world worth learning in:
   confuses with it (mayor and judge, birthplace and deathplace);
 - a long article tells some of its facts only after the fifth sentence, which `Search`
   does not show: they need `Lookup`, and an "earlier mayor" may answer the first one;
-- namesakes share a bare name: `Search[Belkan]` meets a disambiguation page, or finds
+- namesakes share a bare name: `Search[Belkan]` meets a page that lists them, or finds
   nothing and answers with similar titles, of which one is meant.
 
 Questions are plans over functional relations, so every answer is unique by construction.
 `python -m world.toy --oracle 10000` lets the oracle, who reads values from observations
-only, answer them; `python -m world.toy` prints a few articles and questions.
+only, answer them; `python -m world.toy` prints a few questions and how they are answered.
+
+The order of the random draws *is* the world: whoever moves one makes another world, for
+which the embedded policies were not made.
 """
-import argparse
 import hashlib
+import itertools
 import random
 import re
-from collections import Counter
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from react_env import Question, ReActEnv, Wiki
+from engine.command_line import Parser, run_main
+from engine.errors import UsageError
+from react_env import SHOWN_SENTENCES, Question, ReActEnv, Wiki
 from world.words import (
     ADJECTIVES,
-    BY_OWNER,
     FILLERS,
     GIVEN,
     LABELS,
@@ -39,10 +43,8 @@ from world.words import (
     RELATIONS,
     SHARES,
     SYLLABLES,
-    YEAR_OF,
+    TYPE_OF,
 )
-
-SHOWN_SENTENCES = 5  # what Search shows; a fact that stands later needs Lookup
 
 
 class Fact(NamedTuple):
@@ -50,121 +52,145 @@ class Fact(NamedTuple):
     lookups: int  # how many Lookup calls it takes to read it; 0 where Search shows it
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """A generated wiki with the facts behind it (the agent sees only `wiki`)."""
     wiki: Wiki
-    facts: dict       # title -> {relation name: Fact}
-    label: dict       # title -> what it is, in one word ("painter", "town")
-    type_of: dict     # title -> entity type
-    titles: dict      # entity type -> titles, in a fixed order
-    namesakes: dict   # bare name -> titles that share it
+    facts: dict   # title -> {relation name: Fact}
+    labels: dict  # title -> what it is, in one word ("painter", "town")
+    titles: dict  # entity type -> titles, in a fixed order
     seed: int
 
-
-def _name(rng, taken, ending=""):
-    """A new name of two syllables, or more when the short ones run out."""
-    for length in (2, 2, 2, 3, 3, 3, 4, 4, 4, 4):
-        name = "".join(rng.choices(SYLLABLES, k=length)).capitalize() + ending
-        if name not in taken:
-            taken.add(name)
-            return name
-    raise ValueError("num_articles is too large: the names have run out")
+    def shown(self, title, relation):
+        """The value of a relation where Search shows it, else None."""
+        fact = self.facts[title].get(relation)
+        return fact.value if fact and not fact.lookups else None
 
 
-def _title(rng, kind, label, taken):
-    """A new title in the manner of its entity type."""
-    while True:
+def bare(title):
+    """A title without what tells namesakes apart: "Belkan" of "Belkan (painter)"."""
+    return title.split(" (")[0]
+
+
+def is_namesake(title):
+    """Only namesakes have a label in their title."""
+    return " (" in title
+
+
+# ---------------------------------------------------------------- the world
+def _syllables(rng, number=2):
+    return "".join(rng.choices(SYLLABLES, k=number)).capitalize()
+
+
+def _names(rng, kind):
+    """Endless names in the manner of an entity type; longer ones when the short run out."""
+    for attempt in itertools.count():
         if kind == "person":
-            title = f"{rng.choice(GIVEN)} {''.join(rng.choices(SYLLABLES, k=2)).capitalize()}"
+            yield f"{rng.choice(GIVEN)} {_syllables(rng)}"
         elif kind == "work":
             title = f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
-            if title in taken:
-                title += " of " + "".join(rng.choices(SYLLABLES, k=2)).capitalize()
-        elif kind == "institution":
-            return f"{_name(rng, taken)} {label.capitalize()}"
-        elif kind == "event":
-            return f"{label.capitalize()} of {_name(rng, taken)}"
+            yield title
+            yield f"{title} of {_syllables(rng)}"
         else:
-            return _name(rng, taken, "ia" if kind == "country" else "")
-        if title not in taken:
-            taken.add(title)
-            return title
+            ending = "ia" if kind == "country" else ""
+            yield _syllables(rng, min(2 + attempt // 3, 4)) + ending
+
+
+def _new_name(rng, kind, taken):
+    """The first name that is not taken; now it is."""
+    name = next(name for name in _names(rng, kind) if name not in taken)
+    taken.add(name)
+    return name
 
 
 def make_world(num_articles=1000, seed=0):
     """World of exactly `num_articles` articles (at least 100), the same for the same seed."""
     if num_articles < 100:
-        raise ValueError(f"num_articles must be at least 100, got {num_articles}")
+        raise UsageError(f"num_articles must be at least 100, got {num_articles}")
     rng = random.Random(f"world {seed}")
-    counts = {kind: max(2, int(share * num_articles)) for kind, share in SHARES.items()}
-    num_groups = (num_articles - sum(counts.values())) // 3
-    label, type_of, titles, taken = {}, {}, {kind: [] for kind in SHARES}, set()
+    counts = {kind: int(share * num_articles) for kind, share in SHARES.items()}
+    labels, pages, taken = {}, {}, set()
 
-    def add(title, kind, word):
-        label[title], type_of[title] = word, kind
-        titles[kind].append(title)
-
-    # namesakes: two or three articles with one bare name; half the groups have a page of their own
-    namesakes, pages = {}, {}
-    for group in range(num_groups):
-        bare = _name(rng, taken)
-        words = rng.sample(LABELS["person"], 2) + (["town"] if group % 2 else [])
-        rng.shuffle(words)
-        members = [f"{bare} ({word})" for word in words]
-        for title, word in zip(members, words):
-            add(title, "town" if word == "town" else "person", word)
-        namesakes[bare] = tuple(members)
+    # Namesakes: two or three articles with one bare name. Half of these groups have a page
+    # of their own that lists them.
+    for group in range((num_articles - sum(counts.values())) // 3):
+        name = _new_name(rng, "town", taken)
+        own_labels = rng.sample(LABELS["person"], 2)
+        if group % 2:
+            own_labels.append("town")
+        rng.shuffle(own_labels)
+        members = [f"{name} ({label})" for label in own_labels]
+        labels.update(zip(members, own_labels))
         if group % 2 == 0:
-            pages[bare] = [f"{bare} may refer to {', '.join(members)}."]
-    missing = num_articles - len(type_of) - len(pages)
-    for kind in SHARES:
-        want = counts[kind] if kind != "person" else missing - sum(counts.values()) + counts[kind]
-        for _ in range(want):
-            word = rng.choice(LABELS[kind])
-            add(_title(rng, kind, word, taken), kind, word)
+            pages[name] = [f"{name} may refer to {', '.join(members)}."]
+    counts["person"] += num_articles - len(labels) - len(pages) - sum(counts.values())
+    for kind, count in counts.items():
+        for _ in range(count):
+            label = rng.choice(LABELS[kind])
+            title = _new_name(rng, kind, taken)
+            if kind == "institution":
+                title = f"{title} {label.capitalize()}"
+            if kind == "event":
+                title = f"{label.capitalize()} of {title}"
+            labels[title] = label
 
+    titles = {kind: [] for kind in SHARES}
+    for title, label in labels.items():
+        titles[TYPE_OF[label]].append(title)
     facts = {}
-    for title, kind in type_of.items():
-        facts[title], pages[title] = _article(rng, title, kind, label[title], titles)
+    for title, label in labels.items():
+        facts[title], pages[title] = _article(rng, title, label, titles)
     order = list(pages)
     rng.shuffle(order)
-    return World(Wiki((title, pages[title]) for title in order), facts, label, type_of, titles,
-                 namesakes, seed)
+    wiki = Wiki((title, pages[title]) for title in order)
+    return World(wiki, facts, labels, titles, seed)
 
 
-def _article(rng, title, kind, word, titles):
+def _article(rng, title, label, titles):
     """-> ({relation: Fact}, [sentences]). Two in five articles are long."""
-    relations = BY_OWNER[kind]
+    relations = [r for r in RELATIONS if r.owner == TYPE_OF[label]]
     is_long = rng.random() < 0.4
-    chosen = rng.sample(relations, len(relations) if is_long else min(4, len(relations)))
-    bare = title.split(" (")[0]
-    facts, told = {}, []
+    chosen = rng.sample(relations, len(relations) if is_long else 4)
+    told = {}  # sentence: (relation, value)
     for relation in chosen:
-        value = title
-        while value == title:  # nobody is their own teacher
-            value = (str(rng.randrange(1000, 2000)) if relation.target == "year" else
-                     "".join(rng.choices(SYLLABLES, k=2)).capitalize()
-                     if relation.target == "coin" else
-                     rng.choice(titles[relation.target]))
-        subject = f"the {word}" if rng.random() < 0.7 else bare
-        told.append((relation, value, rng.choice(relation.sentences).format(
-            S=subject[0].upper() + subject[1:], s=subject, o=value)))
-    sentences = [s for _, _, s in told]
+        value = _value(rng, relation.target, titles)
+        while value == title:  # a person is not the teacher of that same person
+            value = _value(rng, relation.target, titles)
+        subject = f"the {label}" if rng.random() < 0.7 else bare(title)
+        sentence = rng.choice(relation.sentences).format(s=subject, o=value)
+        told[sentence[0].upper() + sentence[1:]] = relation, value
+    sentences = list(told)
     if is_long:  # fillers and a false friend push facts behind the fifth sentence
         for filler in rng.sample(FILLERS, rng.randint(1, 2)):
             sentences.insert(rng.randrange(len(sentences)), filler)
-        tail = rng.choice(told)[0]
-        if tail.target == "person" and rng.random() < 0.5:
+        friend = rng.choice(chosen)
+        if friend.target == "person" and rng.random() < 0.5:
             others = [name for name in rng.sample(titles["person"], 2) if name != title]
-            sentences.insert(rng.randrange(len(sentences)),
-                             f"An earlier {tail.name} is {rng.choice(others)}.")
-    sentences.insert(0, f"{bare} is {'an' if word[0] in 'aeiou' else 'a'} {word}.")
-    for relation, value, sentence in told:
+            place = rng.randrange(len(sentences))
+            sentences.insert(place, f"An earlier {friend.name} is {rng.choice(others)}.")
+    sentences.insert(0, f"{bare(title)} is {'an' if label[0] in 'aeiou' else 'a'} {label}.")
+    facts = {}
+    for sentence, (relation, value) in told.items():
         place = sentences.index(sentence)
-        facts[relation.name] = Fact(value, 0 if place < SHOWN_SENTENCES else 1 + sum(
-            relation.keyword in earlier.lower() for earlier in sentences[:place]))
+        lookups = 0
+        if place >= SHOWN_SENTENCES:  # Lookup shows the earlier ones with this keyword first
+            earlier = [s for s in sentences[:place] if relation.keyword in s.lower()]
+            lookups = len(earlier) + 1
+        facts[relation.name] = Fact(value, lookups)
     return facts, sentences
+
+
+def _value(rng, target, titles):
+    if target == "year":
+        return str(rng.randrange(1000, 2000))
+    if target == "coin":
+        return _syllables(rng)
+    return rng.choice(titles[target])
+
+
+# ---------------------------------------------------------------- its questions
+HOP_WEIGHTS = (0.36, 0.32, 0.22, 0.1, 0.1, 0.1)  # of chains with 1 to 6 hops
+MOST_TURNS = 7  # that the oracle may need
+KINDS = ("bridge",) * 6 + ("lookup", "similar", "comparison", "yes_no")
 
 
 @dataclass(frozen=True)
@@ -176,10 +202,12 @@ class ToyQuestion(Question):
     traps: tuple = ()      # where a hasty reader can go wrong, to report success by fault
 
 
-def _mention(world, title):
-    """How a question names an article: a namesake goes by "the painter Belkan"."""
-    bare = title.split(" (")[0]
-    return f"the {world.label[title]} {bare}" if bare in world.namesakes else title
+def _question(world, kind, starts, relations, goal, text, answer, path, traps):
+    plan = repr((starts, relations, goal)).encode()
+    return ToyQuestion(
+        f"toy{world.seed}-{hashlib.blake2b(plan, digest_size=6).hexdigest()}", text,
+        (answer,), kind, len(relations) * len(starts), tuple(path), "toy",
+        starts, relations, goal, tuple(sorted(traps)) or ("none",))
 
 
 def _in_split(title, split):
@@ -188,115 +216,111 @@ def _in_split(title, split):
     return split is None or held_out == (split == "eval")
 
 
-def _question(world, kind, starts, relations, goal, text, answer, path, traps):
-    key = repr((starts, relations, goal)).encode()
-    return ToyQuestion(
-        id=f"toy{world.seed}-{hashlib.blake2b(key, digest_size=6).hexdigest()}", text=text,
-        answers=(answer,), kind=kind, num_hops=len(relations) * len(starts),
-        gold_titles=tuple(dict.fromkeys(path)), rules="toy", starts=starts,
-        relations=relations, goal=goal, traps=tuple(sorted(traps)) or ("none",))
-
-
-HOP_WEIGHTS = (0.36, 0.32, 0.22, 0.1, 0.1, 0.1)  # of chains with 1 to 6 hops
-
-
 def _chain(world, rng, start, max_hops):
-    """A bridge chain from `start`, or None where it ends early, circles or takes too long."""
+    """A chain of facts from `start`, or None where it ends early, circles or takes too long."""
     num_hops = rng.choices(range(1, max_hops + 1), HOP_WEIGHTS[:max_hops])[0]
-    title, relations, path, lookups, traps = start, [], [], 0, set()
-    for hop in range(num_hops):
+    title = start
+    path, relations, traps = [], [], set()
+    num_lookups = 0
+    for _ in range(num_hops):
         if title not in world.facts or title in path:
             return None
         path.append(title)
         name = rng.choice(list(world.facts[title]))
         relations.append(name)
-        neighbour = world.facts[title].get(RELATION[name].neighbour)
-        title, more = world.facts[title][name]
-        lookups += more
-        traps |= {"hidden fact"} if more else set()
-        traps |= {"neighbour"} if neighbour and not neighbour.lookups else set()
-    is_namesake = start.split(" (")[0] in world.namesakes
-    if num_hops + 1 + lookups + is_namesake > 7:
+        if world.shown(title, RELATION[name].neighbour):
+            traps.add("neighbour")
+        title, lookups = world.facts[title][name]
+        num_lookups += lookups
+    kind, phrase = "bridge", start
+    num_turns = num_hops + 1 + num_lookups
+    if num_hops > 2:
+        traps.add("long chain")
+    if num_lookups:
+        kind = "lookup"
+        traps.add("hidden fact")
+    if is_namesake(start):
+        kind = "similar"
+        traps.add("namesake")
+        phrase = f"the {world.labels[start]} {bare(start)}"
+        num_turns += 1
+    if num_turns > MOST_TURNS:
         return None
-    traps |= {"namesake"} if is_namesake else set()
-    traps |= {"long chain"} if num_hops > 2 else set()
-    phrase = _mention(world, start)
     for name in relations:
         phrase = rng.choice(RELATION[name].nouns).format(x=phrase)
-    word = "Who" if RELATION[relations[-1]].target == "person" else "What"
-    kind = "similar" if is_namesake else "lookup" if lookups else "bridge"
+    word = "Who" if RELATION[name].target == "person" else "What"
     return _question(world, kind, (start,), tuple(relations), "value",
                      f"{word} is {phrase}?", title, path, traps)
 
 
 def _pair(world, rng, start, kind, split):
     """A comparison of years, or a yes/no question whether two articles share a value."""
-    owner = world.type_of[start]
-    if kind == "comparison":
-        names = [YEAR_OF[owner].name] if owner in YEAR_OF else []
-    else:
-        names = [r.name for r in BY_OWNER[owner] if r.target in world.titles]
-    names = [n for n in names if n in world.facts[start] and world.facts[start][n].lookups == 0]
-    if not names or start.split(" (")[0] in world.namesakes:
+    targets = ("year",) if kind == "comparison" else world.titles
+    names = [r.name for r in RELATIONS
+             if r.target in targets and world.shown(start, r.name)]
+    if not names or is_namesake(start):
         return None
     name = rng.choice(names)
-    value, want_same = world.facts[start][name].value, rng.random() < 0.5
-    for other in rng.sample(world.titles[owner], min(300, len(world.titles[owner]))):
-        fact = world.facts[other].get(name)
-        if (other == start or fact is None or fact.lookups or not _in_split(other, split)
-                or other.split(" (")[0] in world.namesakes):
+    value = world.shown(start, name)
+    want_same = rng.random() < 0.5
+    like = world.titles[TYPE_OF[world.labels[start]]]
+    for other in rng.sample(like, min(300, len(like))):
+        theirs = world.shown(other, name)
+        if other == start or not theirs or is_namesake(other) or not _in_split(other, split):
             continue
-        if kind == "comparison" and fact.value[:2] != value[:2]:  # centuries differ
+        if kind == "comparison":
+            if theirs[:2] == value[:2]:  # of one century
+                continue
             goal = rng.choice(("earlier", "later"))
             text = f"Which has the {goal} {name}, {start} or {other}?"
-            answer = start if (value < fact.value) == (goal == "earlier") else other
-            break
-        if kind == "yes_no" and (fact.value == value) == want_same:
-            goal, text = "same", f"Do {start} and {other} have the same {name}?"
+            answer = start if (value < theirs) == (goal == "earlier") else other
+        else:
+            if (theirs == value) != want_same:
+                continue
+            goal = "same"
+            text = f"Do {start} and {other} have the same {name}?"
             answer = "yes" if want_same else "no"
-            break
-    else:
-        return None
-    return _question(world, kind, (start, other), (name,), goal, text, answer, (start, other),
-                     {kind})
+        starts = (start, other)
+        return _question(world, kind, starts, (name,), goal, text, answer, starts, {kind})
+    return None
 
 
-def make_questions(world, num, seed=0, split=None, max_hops=4, kinds=None):
+def make_questions(world, num, seed=0, split=None, max_hops=4, kinds=KINDS):
     """-> `num` different questions. Splits ("train", "eval") share no title that a plan starts
-    at, so they are disjoint in chains. ValueError when the world does not hold so many."""
+    at, so they are disjoint in chains. UsageError when the world does not hold so many."""
     rng = random.Random(f"questions {world.seed} {seed} {split}")
-    starts = [t for t in world.facts if _in_split(t, split)]
-    special = [t for t in starts if t.split(" (")[0] in world.namesakes]
-    kinds = kinds or ("bridge",) * 6 + ("lookup", "similar", "comparison", "yes_no")
+    starts = [title for title in world.facts if _in_split(title, split)]
+    special = [title for title in starts if is_namesake(title)]
     found = {}
     for _ in range(num):
         kind = rng.choice(kinds)
         for _ in range(1000):
             start = rng.choice(special if kind == "similar" and special else starts)
-            question = (_pair(world, rng, start, kind, split) if kind in ("comparison", "yes_no")
-                        else _chain(world, rng, start, max_hops))
+            if kind in ("comparison", "yes_no"):
+                question = _pair(world, rng, start, kind, split)
+            else:
+                question = _chain(world, rng, start, max_hops)
             if question and question.kind == kind and question.id not in found:
                 found[question.id] = question
                 break
         else:
-            raise ValueError(f"a wiki of {len(world.wiki)} articles does not hold {num} questions "
+            raise UsageError(f"a wiki of {len(world.wiki)} articles does not hold {num} questions "
                              f"of this sort (split={split}, max_hops={max_hops}, kind {kind})")
     return list(found.values())
 
 
-LABEL_WORDS = "|".join(word for words in LABELS.values() for word in words)
-
-
+# ---------------------------------------------------------------- its oracle
 def read_value(relation, subject, observation):
     """The value of a relation as an observation tells it, or None. `subject` is the title of
     the page. Knows the wordings, as any reader does, and nothing of the world."""
-    who = f"(?:[Tt]he (?:{LABEL_WORDS})|{re.escape(subject.split(' (')[0])})"
-    for sentence in re.split(r"(?<=\.) ", re.sub(r"^\(Result \d+ / \d+\) ", "", observation)):
+    who = f"(?:[Tt]he (?:{'|'.join(TYPE_OF)})|{re.escape(bare(subject))})"
+    text = re.sub(r"^\(Result \d+ / \d+\) ", "", observation)
+    for sentence in re.split(r"(?<=\.) ", text):
         for wording in RELATION[relation].sentences:
-            pattern = re.escape(wording).replace(r"\{S\}", who).replace(r"\{s\}", who)
-            match = re.fullmatch(pattern.replace(r"\{o\}", "(?P<o>.+?)"), sentence)
+            pattern = wording.replace(".", r"\.").format(s=who, o="(.+?)")
+            match = re.fullmatch(pattern, sentence)
             if match:
-                return match["o"]
+                return match[1]
     return None
 
 
@@ -305,45 +329,42 @@ def turn(thought, kind, argument):
     return f" {thought}\nAction: {kind}[{argument}]"
 
 
-def never(fault, **circumstances):
+def never(fault, relation=None):
     """The oracle's slips: none."""
     return False
 
 
 def oracle(question, slip=never):
     """Generator: yields the text of a turn, is sent the observation. It knows the plan of the
-    question and reads every value from observations. `slip(fault, **circumstances) -> bool`
-    decides where it goes wrong: warm_start.py makes flawed demonstrations of it."""
+    question and reads every value from observations. `slip(fault, relation) -> bool` decides
+    where it goes wrong: warm_start.py makes flawed demonstrations of it."""
+    thought = f"I look for {bare(question.starts[0])}."
     values = []
     for start in question.starts:
-        thought = (f"The {question.relations[-1]} is {values[-1]}." if values else
-                   f"I look for {start.split(' (')[0]}.")
         value = yield from _walk(question, start, thought, slip)
         if value is None:
             yield turn("I do not know.", "Finish", "unknown")
             return
+        thought = f"The {question.relations[-1]} is {value}."
         values.append(value)
-        if question.goal in ("earlier", "later") and slip("one_side"):
+        hasty = "assume_yes" if question.goal == "same" else "one_side"
+        if question.goal != "value" and slip(hasty):
             break
-        if question.goal == "same" and slip("assume_yes"):
-            break
-    last = f"The {question.relations[-1]} is {value}."
-    if question.goal == "value":
-        yield turn(last, "Finish", value)
-    elif question.goal == "same":
+    answer = value
+    if question.goal == "same":
         answer = "yes" if len(set(values)) == 1 else "no"
-        yield turn(last, "Finish", answer)
-    else:
-        pick = (min if question.goal == "earlier" else max)(values)
-        yield turn(last, "Finish", question.starts[values.index(pick)])
+    elif question.goal != "value":
+        best = min(values) if question.goal == "earlier" else max(values)
+        answer = question.starts[values.index(best)]
+    yield turn(thought, "Finish", answer)
 
 
 def _walk(question, start, thought, slip):
     """Follow the relations from `start`; returns the last value, None where it is lost."""
-    page = start.split(" (")[0]
+    page = bare(start)
     observation = yield turn(thought, "Search", page)
-    if page != start:
-        page, observation = yield from _choose(page, start, observation, slip)
+    if is_namesake(start):
+        page, observation = yield from _choose(start, observation, slip)
         if page is None:
             return None
     for hop, name in enumerate(question.relations, 1):
@@ -352,70 +373,67 @@ def _walk(question, start, thought, slip):
         other = read_value(neighbour, page, observation) if neighbour else None
         if other and slip("confuse", relation=name):
             value = other
-        elif value is None and slip("no_lookup"):
-            value = next((v for r in RELATIONS if r.target == RELATION[name].target
-                          and (v := read_value(r.name, page, observation))), None)
+        elif value is None and slip("no_lookup"):  # whatever is of the same type
+            for relation in RELATIONS:
+                if value is None and relation.target == RELATION[name].target:
+                    value = read_value(relation.name, page, observation)
         while value is None:
             if observation.startswith(("No more", "Could not")):
                 return None
             observation = yield turn(f"The {name} is not shown.", "Lookup", RELATION[name].keyword)
             value = read_value(name, page, observation)
-        if hop == len(question.relations) or (hop >= 2 and slip("early_stop", left=len(
-                question.relations) - hop)):
+        if hop == len(question.relations) or hop >= 2 and slip("early_stop"):
             return value
         page = value
         observation = yield turn(f"The {name} is {value}.", "Search", value)
 
 
-def _choose(bare, start, observation, slip):
-    """Pick the title that is meant from a page of namesakes or a list of similar titles."""
-    options = [title for title in re.findall(r"[A-Z]\w+ \(\w+\)", observation)
-               if title.startswith(bare + " ")]
+def _choose(start, observation, slip):
+    """Pick the title that is meant from a page of namesakes or a list of similar titles.
+    Returns (page, observation), page None where it gives up."""
     if observation.startswith("Could not") and slip("give_up"):
         return None, observation
-    picks = options[:1] if slip("first_choice") else [t for t in options if t == start]
-    for page in picks:
-        observation = yield turn(f"I choose {page}.", "Search", page)
+    page = start
+    if slip("first_choice"):
+        page = re.search(rf"{bare(start)} \(\w+\)", observation)[0]
+    observation = yield turn(f"I choose {page}.", "Search", page)
     if page != start and not slip("no_check"):
-        observation = yield turn("This is the wrong page.", "Search", start)
         page = start
+        observation = yield turn("This is the wrong page.", "Search", page)
     return page, observation
 
 
 def run_agent(env, question, agent):
-    """Play one episode -> (final Episode, texts of the turns, observations)."""
-    episode, texts, observations = env.reset(question), [], []
-    text = next(agent)
+    """Play one episode -> (final Episode, [(text, observation) of every turn])."""
+    episode, text = env.reset(question), next(agent)
+    turns = []
     while True:
-        texts.append(text)
         episode = env.step(episode, text.partition("Action: ")[2])
-        observations.append(episode.observation)
+        turns.append((text, episode.observation))
         if episode.done:
-            return episode, texts, observations
+            return episode, turns
         text = agent.send(episode.observation)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__, prog="world.toy")
     parser.add_argument("--articles", type=int, default=1000, help="articles in the wiki")
     parser.add_argument("--seed", type=int, default=0, help="seed of the wiki")
     parser.add_argument("--oracle", type=int, metavar="N", help="let the oracle answer N questions")
-    args = parser.parse_args()
-    world = make_world(args.articles, args.seed)
+    options = parser.parse_args()
+    world = make_world(options.articles, options.seed)
     env = ReActEnv(world.wiki)
-    questions = make_questions(world, args.oracle or 8)
-    solved, turns = 0, Counter()
+    questions = make_questions(world, options.oracle or 8)
+    num_solved = 0
     for question in questions:
-        episode, texts, observations = run_agent(env, question, oracle(question))
-        solved += episode.reward
-        turns[episode.turn] += 1
-        if not args.oracle:
+        episode, turns = run_agent(env, question, oracle(question))
+        num_solved += episode.reward
+        if not options.oracle:
             print(f"\nQuestion ({question.kind}, {question.num_hops} hops): {question.text}")
-            for text, observation in zip(texts, observations):
+            for text, observation in turns:
                 print(f"Thought:{text}\nObservation: {observation}")
-    print(f"oracle: {solved:.0f} of {len(questions)} solved; episodes by number of turns: "
-          + ", ".join(f"{n}: {turns[n]}" for n in sorted(turns)))
+    print(f"oracle: {num_solved:.0f} of {len(questions)} solved")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("world.toy", main))

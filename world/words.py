@@ -3,96 +3,93 @@ from typing import NamedTuple
 
 
 class Relation(NamedTuple):
-    """One functional relation. {S}/{s}: the subject at the start / inside a sentence."""
+    """One functional relation."""
     name: str            # what questions and thoughts call it
     owner: str           # entity type that has it
     target: str          # entity type of its value; "year" and "coin" are plain words
     keyword: str         # stands in every wording, so that Lookup finds it
     nouns: tuple         # wordings in a question; {x} is the subject
-    sentences: tuple     # wordings in an article; {o} is the value
+    sentences: tuple     # wordings in an article; {s} is the subject, {o} the value
     neighbour: str = ""  # the relation a hasty reader confuses it with
 
 
 RELATIONS = [
     Relation("birthplace", "person", "town", "born",
              ("the birthplace of {x}", "the town where {x} was born"),
-             ("{S} was born in {o}.", "Letters say that {s} was born in {o}."),
+             ("{s} was born in {o}.", "Letters say that {s} was born in {o}."),
              "deathplace"),
     Relation("deathplace", "person", "town", "died",
              ("the deathplace of {x}", "the town where {x} died"),
-             ("{S} died in {o}.", "Letters say that {s} died in {o}."), "birthplace"),
+             ("{s} died in {o}.", "Letters say that {s} died in {o}."), "birthplace"),
     Relation("teacher", "person", "person", "teacher",
              ("the teacher of {x}", "the one who taught {x}"),
-             ("The teacher of {s} was {o}.", "{S} had one teacher, {o}."), "student"),
+             ("The teacher of {s} was {o}.", "{s} had one teacher, {o}."), "student"),
     Relation("student", "person", "person", "student",
              ("the student of {x}", "the one who learnt from {x}"),
-             ("The student of {s} was {o}.", "{S} had one student, {o}."), "teacher"),
+             ("The student of {s} was {o}.", "{s} had one student, {o}."), "teacher"),
     Relation("spouse", "person", "person", "married",
              ("the spouse of {x}", "the one who married {x}"),
-             ("{S} married {o}.", "Late in life {s} married {o}.")),
+             ("{s} married {o}.", "Late in life {s} married {o}.")),
     Relation("workplace", "person", "institution", "works",
              ("the workplace of {x}", "the place where {x} works"),
-             ("{S} works at {o}.", "These days {s} works at {o}.")),
+             ("{s} works at {o}.", "These days {s} works at {o}.")),
     Relation("birth year", "person", "year", "birth year",
              ("the birth year of {x}",), ("The birth year of {s} is {o}.",)),
     Relation("country", "town", "country", "country",
              ("the country of {x}", "the country where {x} lies"),
-             ("{S} lies in the country {o}.", "The country of {s} is {o}.")),
+             ("{s} lies in the country {o}.", "The country of {s} is {o}.")),
     Relation("mayor", "town", "person", "mayor",
              ("the mayor of {x}", "the one who is mayor of {x}"),
-             ("The mayor of {s} is {o}.", "{S} has a mayor called {o}."), "judge"),
+             ("The mayor of {s} is {o}.", "{s} has a mayor called {o}."), "judge"),
     Relation("judge", "town", "person", "judge",
              ("the judge of {x}", "the one who is judge of {x}"),
-             ("The judge of {s} is {o}.", "{S} has a judge called {o}."), "mayor"),
+             ("The judge of {s} is {o}.", "{s} has a judge called {o}."), "mayor"),
     Relation("founding year", "town", "year", "founded",
-             ("the founding year of {x}",), ("{S} was founded in {o}.",)),
+             ("the founding year of {x}",), ("{s} was founded in {o}.",)),
     Relation("capital", "country", "town", "capital",
              ("the capital of {x}", "the town that is capital of {x}"),
-             ("The capital of {s} is {o}.", "{S} has its capital in {o}."), "port"),
+             ("The capital of {s} is {o}.", "{s} has its capital in {o}."), "port"),
     Relation("port", "country", "town", "port",
              ("the port of {x}", "the town that is port of {x}"),
-             ("The port of {s} is {o}.", "{S} has its port in {o}."), "capital"),
+             ("The port of {s} is {o}.", "{s} has its port in {o}."), "capital"),
     Relation("ruler", "country", "person", "ruler",
              ("the ruler of {x}", "the one who rules {x}"),
-             ("The ruler of {s} is {o}.", "{S} has a ruler called {o}.")),
+             ("The ruler of {s} is {o}.", "{s} has a ruler called {o}.")),
     Relation("coin", "country", "coin", "coin",
              ("the coin of {x}",), ("The coin of {s} is the {o}.",)),
     Relation("seat", "institution", "town", "stands",
              ("the seat of {x}", "the town where {x} stands"),
-             ("{S} stands in {o}.", "To this day {s} stands in {o}.")),
+             ("{s} stands in {o}.", "To this day {s} stands in {o}.")),
     Relation("founder", "institution", "person", "founder",
              ("the founder of {x}", "the one who founded {x}"),
-             ("The founder of {s} was {o}.", "{S} had a founder called {o}."), "director"),
+             ("The founder of {s} was {o}.", "{s} had a founder called {o}."), "director"),
     Relation("director", "institution", "person", "director",
              ("the director of {x}", "the one who directs {x}"),
-             ("The director of {s} is {o}.", "{S} has a director called {o}."), "founder"),
+             ("The director of {s} is {o}.", "{s} has a director called {o}."), "founder"),
     Relation("opening year", "institution", "year", "opened",
-             ("the opening year of {x}",), ("{S} opened in {o}.",)),
+             ("the opening year of {x}",), ("{s} opened in {o}.",)),
     Relation("author", "work", "person", "author",
              ("the author of {x}", "the one who wrote {x}"),
-             ("The author of {s} is {o}.", "{S} has an author called {o}."), "translator"),
+             ("The author of {s} is {o}.", "{s} has an author called {o}."), "translator"),
     Relation("translator", "work", "person", "translator",
              ("the translator of {x}", "the one who translated {x}"),
-             ("The translator of {s} is {o}.", "{S} has a translator called {o}."), "author"),
+             ("The translator of {s} is {o}.", "{s} has a translator called {o}."), "author"),
     Relation("setting", "work", "town", "set in",
-             ("the setting of {x}", "the town where {x} is set"), ("{S} is set in {o}.",)),
+             ("the setting of {x}", "the town where {x} is set"), ("{s} is set in {o}.",)),
     Relation("year", "work", "year", "appeared",
-             ("the year of {x}",), ("{S} appeared in {o}.",)),
+             ("the year of {x}",), ("{s} appeared in {o}.",)),
     Relation("place", "event", "town", "took place",
-             ("the place of {x}", "the town where {x} took place"), ("{S} took place in {o}.",)),
+             ("the place of {x}", "the town where {x} took place"), ("{s} took place in {o}.",)),
     Relation("winner", "event", "person", "winner",
              ("the winner of {x}", "the one who won {x}"),
-             ("The winner of {s} was {o}.", "{S} had a winner called {o}."), "loser"),
+             ("The winner of {s} was {o}.", "{s} had a winner called {o}."), "loser"),
     Relation("loser", "event", "person", "loser",
              ("the loser of {x}", "the one who lost {x}"),
-             ("The loser of {s} was {o}.", "{S} had a loser called {o}."), "winner"),
+             ("The loser of {s} was {o}.", "{s} had a loser called {o}."), "winner"),
     Relation("date", "event", "year", "year",
              ("the date of {x}",), ("The year of {s} is {o}.",)),
 ]
 RELATION = {r.name: r for r in RELATIONS}
-BY_OWNER = {t: [r for r in RELATIONS if r.owner == t] for t in
-            ("person", "town", "country", "institution", "work", "event")}
-YEAR_OF = {r.owner: r for r in RELATIONS if r.target == "year"}
 SHARES = {"person": 0.4, "town": 0.18, "country": 0.03, "institution": 0.12, "work": 0.1,
           "event": 0.07}  # of the articles; the rest are namesakes' pages
 LABELS = {"person": ("painter", "poet", "doctor", "sailor", "baker", "singer", "farmer",
@@ -100,6 +97,7 @@ LABELS = {"person": ("painter", "poet", "doctor", "sailor", "baker", "singer", "
           "town": ("town",), "country": ("country",),
           "institution": ("academy", "museum", "library", "theatre", "hospital"),
           "work": ("novel", "opera", "film", "play"), "event": ("battle", "race", "siege", "trial")}
+TYPE_OF = {label: kind for kind, labels in LABELS.items() for label in labels}
 SYLLABLES = ("bal ben bur dan del dor fal fen fir gar gol gun hal hem kan kel kor lan lem lir "
              "mar mel mir nal nem nor pal pel pir ran rel rin sal sen sor tal tem tor val vel "
              "vor zan zel zor").split()
