@@ -25,8 +25,9 @@ def check(name, ok, rule):
         raise ValueError(f"{name} must be {rule}")
 
 
-def check_count(name, number):
-    check(name, isinstance(number, (int, np.integer)) and number >= 0, "an integer >= 0")
+def check_counts(**counts):
+    for name, x in counts.items():
+        check(name, isinstance(x, (int, np.integer)) and x >= 0, "an integer >= 0")
 
 
 # ---------------------------------------------------------------- what rollouts are worth
@@ -67,8 +68,7 @@ def allocate_roots(v, budget, cap=CAP):
     not an integer >= 0."""
     v = np.asarray(v, float)
     check("v", v.ndim == 1, "one-dimensional")
-    check_count("budget", budget)
-    check_count("cap", cap)
+    check_counts(budget=budget, cap=cap)
     return solve_roots(mixed_prob(v[:, None], np.arange(cap + 1)), budget)
 
 
@@ -105,30 +105,25 @@ def expand_prefixes(v, r, budget, cap=None):
     v, r = np.asarray(v, float), np.asarray(r)
     check("v", v.ndim == 1, "one-dimensional")
     check("r", r.shape == v.shape, f"of v's shape {v.shape}, not {r.shape}")
-    check_count("budget", budget)
-    check_count("cap", budget if cap is None else cap)
+    check_counts(budget=budget, cap=cap or 0)
     flip = flip_prob(v, r, 1)
-    return solve_prefixes(flip, lambda i, j: 1 - flip[i], budget, cap=cap)
+    return solve_prefixes(flip, lambda i, j: 1 - flip[i], budget, cap)
 
 
-def solve_prefixes(gains, shrink, budget, cost=None, cap=None):
-    """k [n] that takes the largest gains first, until the budget is spent.
+def solve_prefixes(gains, shrink, budget, cap=None):
+    """k [n] that takes the largest gains first, until the budget is spent or all are at the cap.
 
-    gains [n]: of the first continuation, per unit of cost. shrink(i, j): the gain of i's
-    continuation j + 1 over that of its j-th, in [0, 1]: gains never rise, so greedy is exact.
-    cost [n] is 1 by default; of a dearer one the last is taken if half of it fits."""
+    gains [n]: of the first continuation. shrink(i, j) in [0, 1]: the gain of i's continuation
+    j + 1 over that of its j-th. So gains never rise, and greedy is exact."""
     k = np.zeros(len(gains), int)
-    heap = [(-gain, 0, i) for i, gain in enumerate(gains)]  # equal gains: fewest so far, then i
+    heap = [(-gain, 1, i) for i, gain in enumerate(gains)]  # equal gains: fewest so far, then i
     heapq.heapify(heap)
-    while heap:
-        gain, so_far, i = heapq.heappop(heap)
-        price = 1.0 if cost is None else cost[i]
-        if price / 2 > budget:
-            break
-        budget -= price
-        k[i] = so_far + 1
-        if k[i] != cap:
-            heapq.heappush(heap, (gain * shrink(i, so_far + 1), so_far + 1, i))
+    while heap and budget > 0 and cap != 0:
+        gain, j, i = heapq.heappop(heap)
+        k[i] = j
+        budget -= 1
+        if j != cap:
+            heapq.heappush(heap, (gain * shrink(i, j), j + 1, i))
     return k
 
 
@@ -244,10 +239,9 @@ def posterior_prefixes(prefixes, budget, rng):
 
 
 def cost_aware_prefixes(prefixes, budget, rng):
-    """Stage 2 by gain per expected token, for as many tokens as `budget` mean rollouts take."""
+    """Stage 2 by gain per expected token."""
     flip = flip_prob(prefixes.v, prefixes.outcome, 1)
-    tokens = budget * prefixes.cost.mean() if len(flip) else 0
-    return solve_prefixes(flip / prefixes.cost, lambda i, j: 1 - flip[i], tokens, prefixes.cost)
+    return solve_prefixes(flip / prefixes.cost, lambda i, j: 1 - flip[i], budget)
 
 
 ROOT_RULES = {  # name: (pool, budget, rng) -> m [n]

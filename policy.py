@@ -109,7 +109,7 @@ class Policy:
     def forward(self, ids, rows, starts, cache):
         """Feed lists of ids, ids[i] to row rows[i] of the cache from column starts[i] on -> last
         hidden states [N, W] of all N tokens, list by list."""
-        counts = [len(some) for some in ids]
+        counts = list(map(len, ids))
         slots = np.concatenate([np.arange(count) for count in counts])
         columns = np.repeat(starts, counts) + slots
         width = max(cache.width, columns.max() + 1)
@@ -160,9 +160,8 @@ class Policy:
 
         if len(ids) <= size:
             return chunk(hidden, ids)
-        return torch.cat([torch.utils.checkpoint.checkpoint(
-            chunk, hidden[i:i + size], ids[i:i + size], use_reentrant=False)
-            for i in range(0, len(ids), size)])
+        return torch.cat([torch.utils.checkpoint.checkpoint(chunk, *parts, use_reentrant=False)
+                          for parts in zip(hidden.split(size), ids.split(size))])
 
     # ------------------------------------------------------------ update
     def update(self, credits):
@@ -220,19 +219,14 @@ class Policy:
 
     def load_state_dict(self, state):
         from peft import set_peft_model_state_dict
-        ours, theirs = self.state_dict()["adapter"], state["adapter"]
-        if {name: x.shape for name, x in ours.items()} != {
-                name: x.shape for name, x in theirs.items()}:
+        if shapes(state["adapter"]) != shapes(self.state_dict()["adapter"]):
             raise UsageError("the checkpoint was made with a model of other shapes")
-        set_peft_model_state_dict(self.model, theirs)
+        set_peft_model_state_dict(self.model, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def memory_line(self):
-        size = self.cache_tokens * self.plan.column_bytes / 1e9
-        return (f"memory: {self.num_live} live episodes of at most {self.context:,} tokens, cache "
-                f"of {self.cache_tokens:,} tokens ({size:.1f} GB), micro-batches of "
-                f"{self.config.micro_batch_tokens:,} tokens, gradient checkpointing "
-                f"{'on' if self.plan.checkpointing else 'off'}{self.notice}")
+
+def shapes(weights):
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def load_policy(config):

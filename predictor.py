@@ -219,12 +219,11 @@ def score_and_update(predictor, roots):
     """Score what was predicted against its targets, which it had not seen; then learn from all
     anchors of the step. -> metrics"""
     learnt = lessons(roots, predictor.targets)
-    scored = [i for i, node in enumerate(learnt.anchors) if node.predicted is not None]
-    predicted = np.array([learnt.anchors[i].predicted for i in scored])
-    targets, weights = learnt.targets[scored], learnt.weights[scored]
+    predicted = np.array([node.predicted for node in learnt.anchors], float)  # None: nan
+    known = ~np.isnan(predicted)
+    scored = predicted[known], learnt.targets[known], learnt.weights[known]
     loss = predictor.update(features(learnt.anchors), learnt.targets, learnt.weights)
-    return {"predictor_brier": brier(predicted, targets, weights),
-            "predictor_auroc": auroc(predicted, targets, weights),
+    return {"predictor_brier": brier(*scored), "predictor_auroc": auroc(*scored),
             "predictor_loss": loss, "predictor_skipped": int(not np.isfinite(loss))}
 
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from engine.caches import forget_caches, forget_paths, held_tokens, move
+from engine.caches import forget_caches, forget_paths, fork, held_tokens, move
 from engine.memory import halving
 from engine.sampling import RaggedCache, keyed_uniforms, rollout_key, sample_tokens
 from react_env import action_end, observation_text, split_completion
 from tree import Node, leaves, path, path_ids
 
 MOST_TOKENS = 4096  # of a turn: more would repeat the random numbers of the next one
-ROOM_LEFT = 0.7     # a cache is copied to a smaller one when at most this share of its rows lives
+MOST_LIVE = 0.7     # when at most this share of a cache's rows is still played, it is made smaller
 
 
 @dataclass(slots=True)
@@ -40,21 +40,21 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False):
     episodes do not depend on how the work is split. With `keep` the trees keep their caches, as
     far as there is room, for rollouts that start there later."""
     num_children = {anchor: len(anchor.children) for anchor in anchors}
-    roots = {path(anchor)[0]: None for anchor in anchors}  # a set that keeps its order
+    roots = dict.fromkeys(path(anchor)[0] for anchor in anchors)  # a set that keeps its order
 
     def work():
         rollouts = start(policy, anchors, counts, key)
-        waiting = [rollout for rollout in rollouts if not rollout.node.is_leaf]
+        waiting = unfinished(rollouts)
         while waiting:
             some, waiting = waiting[:policy.num_live], waiting[policy.num_live:]
-            fresh = {rollout.anchor: None for rollout in some if rollout.anchor.cache is None}
+            fresh = dict.fromkeys(r.anchor for r in some if r.anchor.cache is None)
             fill(policy, list(fresh))
             play(policy, env, some, greedy)
             if held_tokens(roots) > policy.cache_tokens:  # what is needed is computed again
                 forget_paths(some)
                 for anchor in fresh:
                     anchor.cache = None
-        return [rollout.node for rollout in rollouts]
+        return standing(rollouts)
 
     def undo():
         for anchor, count in num_children.items():
@@ -69,7 +69,7 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False):
 
 
 def start(policy, anchors, counts, key):
-    """-> all rollouts, in order. For which the context has no room for a turn are at their end."""
+    """-> all rollouts, in order. Those for which the context has no room are at their end."""
     rollouts, next_sample = [], {}
     for anchor, count in zip(anchors, counts):
         root = path(anchor)[0]
@@ -88,32 +88,43 @@ def start(policy, anchors, counts, key):
 
 def play(policy, env, rollouts, greedy):
     """Play some rollouts together to their ends, each turn of all of them at once."""
-    cache = RaggedCache.fork([rollout.node.cache for rollout in rollouts],
-                             [rollout.node.length for rollout in rollouts])
-    hidden = np.stack([rollout.node.hidden for rollout in rollouts])
-    hidden = torch.tensor(hidden, device=policy.device)
-    for row, rollout in enumerate(rollouts):
-        rollout.row = row
-    live = rollouts
+    live, anchors = rollouts, standing(rollouts)
+    cache = fork(anchors)
+    hidden = torch.tensor(np.stack([node.hidden for node in anchors]), device=policy.device)
+    number_rows(live)
     while True:
         sample_turn(policy, cache, live, hidden, greedy)
-        texts = [policy.text(rollout.ids) for rollout in live]
-        actions = [split_completion(text)[1] for text in texts]
-        states = env.step_batch([rollout.node.state for rollout in live], actions)
-        for rollout, text, state in zip(live, texts, states):
-            end_turn(policy, rollout, text, state)
-        live = [rollout for rollout in live if not rollout.node.is_leaf]
+        for rollout in live:
+            text = policy.text(rollout.ids)
+            action = split_completion(text)[1]
+            end_turn(policy, rollout, text, env.step(rollout.node.state, action))
+        live = unfinished(live)
         if not live:
             return
         hidden = feed(policy, cache, live)
-        if len(live) <= ROOM_LEFT * cache.num_rows:  # those that ended leave
-            ends = [rollout.node.parent for rollout in rollouts if rollout.node.is_leaf]
-            ends = [node for node in ends if node.cache[0] is cache]
-            if ends:
-                move(ends)
-            cache = move([rollout.node for rollout in live])
-            for row, rollout in enumerate(live):
-                rollout.row = row
+        if len(live) <= MOST_LIVE * cache.num_rows:  # those that ended leave
+            ends = []
+            for rollout in rollouts:
+                above = rollout.node.parent
+                if rollout.node.is_leaf and above.cache[0] is cache:
+                    ends.append(above)
+            move(ends)
+            cache = move(standing(live))
+            number_rows(live)
+
+
+def unfinished(rollouts):
+    return [rollout for rollout in rollouts if not rollout.node.is_leaf]
+
+
+def standing(rollouts):
+    """The nodes where they stand."""
+    return [rollout.node for rollout in rollouts]
+
+
+def number_rows(rollouts):
+    for row, rollout in enumerate(rollouts):
+        rollout.row = row
 
 
 def sample_turn(policy, cache, rollouts, hidden, greedy):
@@ -123,19 +134,25 @@ def sample_turn(policy, cache, rollouts, hidden, greedy):
         rollout.ids, rollout.logprobs = [], []
     for t in range(policy.turn_tokens):
         keys = np.array([rollout.key for rollout in live], np.uint64)
-        turns = np.array([rollout.node.depth for rollout in live])
-        uniforms = keyed_uniforms(keys, turns * MOST_TOKENS + t)
-        ids, logprobs = sample_tokens(
+        depths = np.array([rollout.node.depth for rollout in live])
+        uniforms = keyed_uniforms(keys, depths * MOST_TOKENS + t)
+        tokens, logprobs = sample_tokens(
             policy.logits(hidden), torch.tensor(uniforms, device=policy.device), greedy)
-        for rollout, token, logprob in zip(live, ids.tolist(), logprobs.tolist()):
+        going_on = []
+        for rollout, token, logprob in zip(live, tokens.tolist(), logprobs.tolist()):
             rollout.ids.append(token)
             rollout.logprobs.append(logprob)
-        live = [rollout for rollout in live if not ended(policy, rollout)]
+            if not ended(policy, rollout):
+                going_on.append(rollout)
+        live = going_on
         if not live or t + 1 == policy.turn_tokens:
             return
-        hidden = policy.forward(
-            [rollout.ids[-1:] for rollout in live], [rollout.row for rollout in live],
-            [rollout.node.length + t for rollout in live], cache)
+        ids, rows, starts = [], [], []
+        for rollout in live:
+            ids.append(rollout.ids[-1:])
+            rows.append(rollout.row)
+            starts.append(rollout.node.length + t)
+        hidden = policy.forward(ids, rows, starts, cache)
 
 
 def ended(policy, rollout):
@@ -178,18 +195,18 @@ def observation_ids(policy, state, text):
     return ids[:policy.observation_tokens] + policy.encode("\n" + tail), cut
 
 
-# ---------------------------------------------------------------- caches
+# ---------------------------------------------------------------- feeding
 def feed(policy, cache, rollouts):
-    """Feed what of each rollout's last turn is not in the cache yet: its last sampled token and
-    the observation. Sets hidden and cache of the nodes -> hidden states [R, W]."""
-    ids, starts = [], []
+    """Feed what of each rollout's last turn is not in the cache yet, its last sampled token and
+    the observation -> hidden states [R, W]."""
+    ids, starts, rows = [], [], []
     for rollout in rollouts:
         node = rollout.node
         num_fed = max(0, node.num_sampled - 1)
         ids.append(node.ids[num_fed:])
-        starts.append(node.length - len(node.ids) + num_fed)
-    rows = [rollout.row for rollout in rollouts]
-    return remember(policy, cache, [rollout.node for rollout in rollouts], rows, ids, starts)
+        starts.append(node.parent.length + num_fed)
+        rows.append(rollout.row)
+    return remember(policy, cache, standing(rollouts), ids, starts, rows)
 
 
 def fill(policy, anchors):
@@ -199,14 +216,14 @@ def fill(policy, anchors):
     for i in range(0, len(anchors), size):
         some = anchors[i:i + size]
         ids = [path_ids(anchor)[:policy.context] for anchor in some]
-        cache = RaggedCache(len(some))
-        remember(policy, cache, some, list(range(len(some))), ids, [0] * len(some))
+        remember(policy, RaggedCache(len(some)), some, ids, [0] * len(some),
+                 list(range(len(some))))
 
 
-def remember(policy, cache, fed, rows, ids, starts):
-    """Feed ids[i] to row rows[i]; the nodes `fed` keep the hidden state there and their place in
-    the cache -> hidden states [R, W] at the last ids."""
-    ends = np.cumsum([len(some) for some in ids]) - 1
+def remember(policy, cache, fed, ids, starts, rows):
+    """Feed ids[i] to row rows[i], from column starts[i] on; the nodes `fed` keep the hidden state
+    there and their place in the cache -> hidden states [R, W] at the last ids."""
+    ends = np.cumsum(list(map(len, ids))) - 1
     hidden = policy.forward(ids, rows, starts, cache)[ends]
     for node, row, values in zip(fed, rows, hidden.float().cpu().numpy()):
         node.hidden, node.cache = values, (cache, row)
@@ -219,10 +236,10 @@ def prefill(policy, roots):
     def work():
         waiting = [root for root in roots if root.hidden is None]
         while waiting:
-            fill(policy, waiting[:policy.num_live])
+            some, waiting = waiting[:policy.num_live], waiting[policy.num_live:]
+            fill(policy, some)
             if held_tokens(roots) > policy.cache_tokens:
-                forget_caches(waiting[:policy.num_live])
-            waiting = waiting[policy.num_live:]
+                forget_caches(some)
 
     with policy.sampling():
         halving(policy, work, lambda: forget_caches(roots))

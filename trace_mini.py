@@ -30,21 +30,19 @@ from tqdm import tqdm
 
 from allocator import CAP, PREFIX_RULES, ROOT_RULES, Anchors, expand_trees, mixed_prob
 from engine.command_line import check_dials, dial, load_dials, own_dials, parse_dials, run_main
-from engine.draw import tree_text
 from engine.errors import NotFinite, UsageError
 from engine.files import write_json
-from engine.memory import best_device, trim_memory
+from engine.memory import best_device, describe_memory, trim_memory
 from engine.runs import (Journal, LapTimer, ctrl_c, describe_run, describe_scores, describe_step,
-                         fresh_folder, load_checkpoint, save_run, say, start_folder, transcript,
+                         fresh_folder, load_checkpoint, save_run, say, show, start_folder,
                          tree_metrics)
 from engine.schedule import Schedule
 from policy import load_policy
 from predictor import PREDICTORS, predict, score_and_update
 from rollout import MOST_TOKENS, grow, prefill
-from tree import (ADVANTAGES, advantages, backup, has_contrast, leaves, path, prefixes,
-                  sampled_tokens)
+from tree import ADVANTAGES, advantages, backup, prefixes, sampled_tokens
 from world.files import write_predictions
-from world.questions import Prompts, load_data, means_by_group
+from world.questions import Prompts, load_data, summarise
 
 HERE = Path(__file__).resolve().parent
 SHOW_EVERY = 10  # steps between printed episodes
@@ -221,9 +219,7 @@ def draw_pool(config, state, policy, data, num_bare):
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(policy, env, questions, progress=None, first=None):
-    """Greedy episodes -> {em, em_first (of the `first` questions), f1 (0 to 1), tokens (sampled,
-    per episode), by_hops, by_kind, by_trap (exact match of groups; toy questions name the traps
-    they hold), predictions}."""
+    """Greedy episodes -> {tokens (sampled, per episode), predictions} and what `summarise` says."""
     scores, predictions, tokens, size = {}, {}, 0, policy.num_live
     for i in range(0, len(questions), size):
         roots = [policy.root(question, env) for question in questions[i:i + size]]
@@ -234,11 +230,8 @@ def evaluate(policy, env, questions, progress=None, first=None):
         tokens += sum(map(sampled_tokens, roots))
         if progress:
             progress(len(roots))
-    em = [scores[question.id]["em"] for question in questions]
-    f1 = [scores[question.id]["f1"] for question in questions]
-    return {"em": float(np.mean(em)), "em_first": float(np.mean(em[:first])),
-            "f1": float(np.mean(f1)), "tokens": tokens / len(questions),
-            **means_by_group(questions, em), "predictions": predictions}
+    return {**summarise(questions, scores, first), "tokens": tokens / len(questions),
+            "predictions": predictions}
 
 
 def score(policy, env, questions, folder, first=None):
@@ -246,7 +239,7 @@ def score(policy, env, questions, folder, first=None):
     with tqdm(total=len(questions), desc="evaluate", unit="question", leave=False) as bar:
         result = evaluate(policy, env, questions, bar.update, first)
     write_predictions(folder, questions, result.pop("predictions"))
-    return result | {"num_questions": len(questions)}
+    return result
 
 
 # ---------------------------------------------------------------- a run and its folder
@@ -280,9 +273,7 @@ def train(config, policy, data, folder, saved=None, stopped=()):
         trim_memory()
         say(describe_step(row))
         if step % SHOW_EVERY == 0:
-            say(transcript(policy, path(leaves(trees[0])[0])))
-            if config.show_tree:
-                say(tree_text(next(filter(has_contrast, trees), trees[0]), policy.wrote))
+            show(policy, trees, config.show_tree)
         last, broken = step == config.steps, state.schedule.bad_steps >= MOST_BAD
         stop = bool(stopped)  # once: Ctrl-C may come at any moment
         if last or (config.eval_every and step % config.eval_every == 0):
@@ -316,7 +307,7 @@ def run(config):
     data, policy = load_data(config), load_policy(config)
     if not (goes_on and config.eval_only):
         start_folder(folder, asdict(config), fresh=not goes_on)
-    say(policy.memory_line())
+    say(describe_memory(policy) + policy.notice)
     if not config.eval_only:
         with ctrl_c() as stopped:
             return train(config, policy, data, folder, saved, stopped)

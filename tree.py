@@ -93,11 +93,13 @@ def prefixes(root):
     """Every non-terminal prefix (t >= 1) of every bare rollout of a tree without continuations."""
     found = []
     for leaf in leaves(root):
-        turns = path(leaf)[1:]
-        tokens_left = sum(turn.num_sampled for turn in turns)
-        for turn in turns[:-1]:
-            tokens_left -= turn.num_sampled
-            found.append(Prefix(turn, leaf.reward, tokens_left))
+        below, tokens_left = leaf, 0
+        own = []
+        while below.depth > 1:
+            tokens_left += below.num_sampled
+            below = below.parent
+            own.append(Prefix(below, leaf.reward, tokens_left))
+        found += reversed(own)
     return found
 
 
@@ -115,8 +117,10 @@ def backup(root):
         if node.is_leaf:
             node.value, node.num_leaves = node.reward, 1
         elif node.children:
-            node.num_leaves = sum(child.num_leaves for child in node.children)
-            total = sum(child.num_leaves * child.value for child in node.children)
+            total, node.num_leaves = 0.0, 0
+            for child in node.children:
+                total += child.num_leaves * child.value
+                node.num_leaves += child.num_leaves
             node.value = total / node.num_leaves
 
 
@@ -179,12 +183,12 @@ def tree_grpo(root):
 def treepo(root):
     """Mean over the ancestors with more than one leaf of (R − mean under the ancestor), scaled
     by the std over all trained tokens of the tree, not centred."""
-    credit = {}
+    credit, tokens = {}, []
     for y in nodes(root)[1:]:
         steps = [y.value - a.value for a in path(y)[:-1] if a.num_leaves > 1]
         credit[y] = sum(steps) / len(steps) if steps else 0.0
-    tokens = np.array([y.num_sampled for y in credit], float)
-    values = np.array(list(credit.values()))
+        tokens.append(y.num_sampled)
+    tokens, values = np.array(tokens, float), np.array(list(credit.values()))
     mean = (tokens * values).sum() / tokens.sum()
     variance = (tokens * (values - mean) ** 2).sum() / tokens.sum()
     return {y: value / (variance ** 0.5 + EPSILON) for y, value in credit.items()}
@@ -200,7 +204,8 @@ def root_value(root):
     return {y: y.value - root.value for y in nodes(root)[1:]}
 
 
-ADVANTAGES = {rule.__name__: rule for rule in (grpo, tree_grpo, treepo, node_value, root_value)}
+ADVANTAGES = {"grpo": grpo, "tree_grpo": tree_grpo, "treepo": treepo, "node_value": node_value,
+              "root_value": root_value}
 
 
 def advantages(root, rule):

@@ -3,11 +3,18 @@ from engine.sampling import RaggedCache
 from tree import nodes
 
 
+def fork(standing):
+    """A cache with a copy of the path of each of these nodes, a row for each."""
+    return RaggedCache.fork([node.cache for node in standing],
+                            [node.length for node in standing])
+
+
 def move(standing):
-    """Copy the rows in which these nodes stand to a cache of their own -> the cache. All nodes
-    that lay in those rows then refer to it: no copy of a path outlives its use."""
-    moved = RaggedCache.fork([node.cache for node in standing],
-                             [node.length for node in standing])
+    """fork, after which all nodes that lay in those rows refer to the new ones: no copy of a path
+    outlives its use. -> the cache, None where there are no nodes"""
+    if not standing:
+        return None
+    moved = fork(standing)
     for row, node in enumerate(standing):
         old = node.cache[0]
         while node is not None and node.cache and node.cache[0] is old:

@@ -47,6 +47,15 @@ def plan_memory(policy):
                       longest * kept > free / 2)
 
 
+def describe_memory(policy):
+    """What fits, in one line."""
+    size = policy.cache_tokens * policy.plan.column_bytes / 1e9
+    return (f"memory: {policy.num_live} live episodes of at most {policy.context:,} tokens, cache "
+            f"of {policy.cache_tokens:,} tokens ({size:.1f} GB), micro-batches of "
+            f"{policy.config.micro_batch_tokens:,} tokens, gradient checkpointing "
+            f"{'on' if policy.plan.checkpointing else 'off'}")
+
+
 def plain_layers(body, itemsize):
     """The adapted layers, where their matrices W + BA are few enough to be held in plain."""
     layers = [module for module in body.modules() if hasattr(module, "base_layer")]

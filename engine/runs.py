@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from engine.draw import draw_curve
+from engine.draw import draw_curve, tree_text
 from engine.errors import UsageError, first_line
 from engine.files import write_aside, write_json
-from tree import has_contrast, nodes
+from tree import has_contrast, leaves, nodes, path
 
 PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of a checkpoint
 
@@ -236,10 +236,17 @@ def describe_step(row):
     return line + (f" | SKIPPED, as not finite: {', '.join(skipped)}" if skipped else "")
 
 
-def transcript(policy, path):
-    """One episode as text: what the policy wrote and what it was shown."""
-    texts = [policy.text(node.ids) for node in path]
-    question = path[-1].state.question
+def show(policy, trees, with_tree):
+    """Print the first episode of a step, and a tree with contrast where there is one."""
+    say(transcript(policy, path(leaves(trees[0])[0])))
+    if with_tree:
+        say(tree_text(next(filter(has_contrast, trees), trees[0]), policy.wrote))
+
+
+def transcript(policy, line):
+    """One episode, the nodes of its path, as text: what the policy wrote and was shown."""
+    texts = [policy.text(node.ids) for node in line]
+    question = line[-1].state.question
     texts[0] = texts[0][texts[0].rindex("Question: "):]  # without the examples
-    return (f"--- an episode (reward {path[-1].reward:.0f}, answer: "
+    return (f"--- an episode (reward {line[-1].reward:.0f}, answer: "
             f"{' / '.join(question.answers)})\n{''.join(texts)}\n---")

@@ -63,16 +63,20 @@ def is_held_out(question):
     return int.from_bytes(blake2b(question.id.encode(), digest_size=4).digest()) % 5 == 0
 
 
-def means_by_group(questions, scores):
-    """Mean scores by hop count, kind and trap (of toy questions): {by_hops: {group: mean}, ..}."""
+def summarise(questions, scores, first=None):
+    """Means of scores, {question id: {em, f1}}: em, em_first (of the `first` questions), f1 (all
+    0 to 1), and em by hop count, by kind and by trap (toy questions name the traps they hold)."""
     groups = {"by_hops": defaultdict(list), "by_kind": defaultdict(list),
               "by_trap": defaultdict(list)}
-    for question, score in zip(questions, scores):
-        groups["by_hops"][str(question.num_hops)].append(score)
-        groups["by_kind"][question.kind].append(score)
+    em = [scores[question.id]["em"] for question in questions]
+    f1 = [scores[question.id]["f1"] for question in questions]
+    for question, right in zip(questions, em):
+        groups["by_hops"][str(question.num_hops)].append(right)
+        groups["by_kind"][question.kind].append(right)
         for trap in getattr(question, "traps", ()):
-            groups["by_trap"][trap].append(score)
-    means = {}
+            groups["by_trap"][trap].append(right)
+    means = {"num_questions": len(questions), "em": float(np.mean(em)),
+             "em_first": float(np.mean(em[:first])), "f1": float(np.mean(f1))}
     for name, found in groups.items():
         means[name] = {group: float(np.mean(found[group])) for group in sorted(found)}
     return means
