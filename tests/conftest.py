@@ -1,13 +1,18 @@
-"""Shared fixtures: the toy world, and the embedded policy in 4 bits and not."""
+"""Shared by the tests: the toy world, the policy in the box, trees that it grew."""
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from small_models import FAMILIES, make_model, make_tokenizer  # noqa: F401  (tests use them)
 
 from policy import load_policy
+from rollout import grow
 from trace_mini import Config
+from tree import backup, leaves, nodes, prefixes
 from world.questions import load_data
 
 torch.set_num_threads(1)  # two threads on work as small as this mostly wait for each other
@@ -18,22 +23,6 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(scope="session")
 def data():
     return load_data(Config(eval_questions=40))
-
-
-def fresh_policy(four_bit=True, **dials):
-    """The tiny policy with LoRA matrices that are not zero, so that adapters matter."""
-    policy = load_policy(Config(four_bit=four_bit, **dials))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in policy.model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(0, 0.01, generator=generator)
-    return policy
-
-
-@pytest.fixture(scope="session", params=[True, False], ids=["nf4", "fp32"])
-def policy(request):
-    return fresh_policy(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +41,51 @@ def tell(capsys):
     return tell
 
 
+# ---------------------------------------------------------------- policies and trees
+def fresh_policy(four_bit=True, **dials):
+    """The tiny policy with LoRA matrices that are not zero, so that adapters matter."""
+    policy = load_policy(Config(four_bit=four_bit, **dials))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.01, generator=generator)
+    return policy
+
+
+@pytest.fixture(scope="session", params=[True, False], ids=["nf4", "fp32"])
+def policy(request):
+    return fresh_policy(request.param)
+
+
+def expanded(policy, data, num=2):
+    """Backed-up trees: three bare rollouts and a continuation of every prefix. Their rewards are
+    set by hand, in turn: there is contrast whatever the policy can do."""
+    roots = [policy.root(question, data.env) for question in data.train[:num]]
+    grow(policy, data.env, roots, [3] * num, (0, 0), keep=True)
+    for root in roots:
+        anchors = [prefix.node for prefix in prefixes(root)]
+        grow(policy, data.env, anchors, [1] * len(anchors), (0, 0))
+        for i, leaf in enumerate(leaves(root)):
+            leaf.state = replace(leaf.state, reward=float(i % 2))
+        backup(root)
+    return roots
+
+
+def gradient_of(policy):
+    return torch.cat([weight.grad.flatten() for weight in policy.trained])
+
+
+def both_logprobs(policy, root):
+    """Of all sampled tokens of a tree: as sampling recorded them, and as the update sees them."""
+    turns = nodes(root)[1:]
+    policy.model.train()
+    with torch.no_grad():
+        recomputed = policy.logprobs(nodes(root), turns).numpy()
+    return np.concatenate([turn.logprobs for turn in turns]), recomputed
+
+
+# ---------------------------------------------------------------- runs
 def metrics(folder):
     return [json.loads(line) for line in open(folder / "metrics.jsonl")]
 
