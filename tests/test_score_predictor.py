@@ -1,112 +1,76 @@
-"""The command that measures the predictor: its objective by hand, and the whole, shrunk."""
-import csv
-
+"""The command that measures the predictor: what it computes by hand, and the whole, shrunk."""
 import numpy as np
 import pytest
-from conftest import assert_refused
+from conftest import assert_refused, metrics
 
 from lab import score_predictor
-from lab.score_predictor import BARE, PER_BARE, Sample, main, objective, reliability, scores
+from lab.score_predictor import MAKERS, main, objective, scores
+from lab.tables import read_rows
 from trace_mini import main as train
+from trace_mini import train_step
 
 
-def sample_of(depth, truth, guesses, owner=None, outcome=None):
-    n = len(depth)
-    return Sample(np.array(depth), np.ones(n, int), np.arange(n) if owner is None else
-                  np.array(owner), np.zeros(n, int) if outcome is None else np.array(outcome),
-                  np.array([truth, truth]), {k: np.array([v, v]) for k, v in guesses.items()})
+def sample_of(kind, depth, true, pool="", outcome=0, **guesses):
+    """A sample of anchors of one kind, as draw_sample makes them."""
+    columns = {"kind": kind, "hops": f"1 hops, {kind}", "depth": f"depth {depth}", "pool": pool,
+               "outcome": outcome, "true": true, **guesses}
+    return np.rec.fromarrays(np.broadcast_arrays(*columns.values()), names=list(columns))
 
 
-def test_objective_by_hand():
-    """Two roots, M = 4: known, all four go to the even one, 1 - 2/16; believed, to the other."""
-    sample = sample_of([0, 0], [0.5, 0.0], {})
-    rows, right, wrong = np.arange(2), np.array([0.5, 0.0]), np.array([0.0, 0.5])
-    assert objective(sample, rows, right, right) == pytest.approx(7 / 8)
-    assert objective(sample, rows, wrong, right) == 0
-    # prompt 0: a success that never comes again, every continuation flips it; prompt 1: the
-    # failure at depth 2 flips half the time, the one at depth 1 never; all six go there
-    assert PER_BARE * BARE == 6
-    sample = sample_of([1, 1, 2], [0.0, 0.0, 0.5], {}, owner=[0, 1, 1], outcome=[1, 0, 0])
-    rows, right = np.arange(3), np.array([0.0, 0.0, 0.5])
-    assert objective(sample, rows, right, right) == pytest.approx(1 + 1 - 0.5 ** 6)
+def test_worth_by_hand():
+    """Roots, M = 4: all four go to the even one, 1 - 2/16. Prefixes: prompt a is a success that
+    never comes again, so that a continuation flips it; of prompt b's failures one flips half the
+    time, and all six continuations go there."""
+    roots = sample_of("roots", 0, [0.5, 0.0], right=[0.5, 0.0])
+    assert objective(roots, "right") == pytest.approx(7 / 8)
+    ends = [0.0, 0.0, 0.5]
+    some = sample_of("prefixes", 1, ends, ["a", "b", "b"], [1, 0, 0], right=ends)
+    assert objective(some, "right") == pytest.approx(1 + 1 - 0.5 ** 6)
 
 
-def test_scores_close_the_gap_from_the_constant_to_the_truth():
-    truth = np.tile([0.5, 0.0, 1.0, 0.4], 6)
-    sample = sample_of([0] * 24, truth, {
-        "truth": truth, "good": 0.9 * truth + 0.05, "constant": np.full(24, 0.4),
-        "inverted": np.where(abs(truth - 0.5) < 0.2, 0.0, 0.5)})
-    rows = {row["predictor"]: row for row in scores(sample) if row["group"] == "roots"}
-    assert rows["truth"]["closed"] == 1 and rows["constant"]["closed"] == 0
-    assert rows["good"]["closed"] == pytest.approx(1, abs=0.05)
-    assert rows["inverted"]["closed"] < -1 and rows["inverted"]["anchors"] == 24
-    assert rows["good"]["bias"] == pytest.approx(np.mean(0.05 - 0.1 * truth))
-    assert rows["constant"]["auroc"] == 0.5 < rows["good"]["auroc"] == rows["truth"]["auroc"]
-    assert rows["truth"]["brier"] == pytest.approx(np.mean(truth * (1 - truth)))
-    assert rows["truth"]["brier"] < rows["good"]["brier"] < rows["constant"]["brier"]
+def test_scores_by_hand():
+    true = np.tile([0.5, 0.0, 1.0, 0.4], 6)
+    sample = sample_of("roots", 0, true, truth=true, constant=0.4, low=true / 2)
+    truth, constant, low = (next(scores(sample, name, 1)) for name in ("truth", "constant", "low"))
+    assert truth["closed"] == 1 > low["closed"] > constant["closed"] == 0
+    assert low["bias"] == pytest.approx(-np.mean(true) / 2)
+    assert constant["auroc"] == 0.5 < low["auroc"] == truth["auroc"]
+    assert truth["brier"] == pytest.approx(np.mean(true * (1 - true)))
 
 
-def test_reliability_bins_by_hand():
-    sample = sample_of([0, 0, 1], [0.2, 0.4, 1.0], {"head": [0.31, 0.39, 1.0]})
-    assert list(reliability(sample)) == [
-        {"predictor": "head", "depth": 0, "bin": 3, "anchors": 2, "predicted": pytest.approx(0.35),
-         "true": pytest.approx(0.3)},
-        {"predictor": "head", "depth": 1, "bin": 9, "anchors": 1, "predicted": 1.0, "true": 1.0}]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scored") / "run"
-    assert train(["--steps", "2", "--budget", "300", "--articles", "100", "--eval-questions", "6",
-                  "--pool-size", "6", "--max-turns", "3", "--out", str(folder)]) == 0
-    return folder
+def test_bins_by_hand():
+    sample = sample_of("prefixes", 2, [0.2, 0.4, 1.0], truth=0.5, constant=0.5,
+                       head=[0.31, 0.39, 1.0])
+    rows = {row["group"]: row for row in scores(sample, "head", 1)}
+    low = rows["bins of depth 2: 3"]
+    assert low["anchors"] == 2 and rows["bins of depth 2: 9"]["anchors"] == 1
+    assert low["predicted"] == pytest.approx(0.35) and low["true"] == pytest.approx(0.3)
+    assert low["closed"] is None  # an allocation spans all depths
 
 
 @pytest.mark.long
-def test_the_command(finished, tmp_path, capsys, monkeypatch):
-    """It repeats the run to the number, and scores every predictor at every point."""
-    spent, samples, step, draw = [], [], score_predictor.train_step, score_predictor.draw_sample
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """It repeats the run to the number, and scores all predictors on the same anchors."""
+    run, spent = str(tmp_path), []
+    assert train(["--steps", "2", "--budget", "300", "--eval-questions", "6", "--pool-size", "6",
+                  "--out", run]) == 0
 
     def spy(*args):
-        trees, row = step(*args)
+        trees, row = train_step(*args)
         spent.append(row["sampled_tokens"])
         return trees, row
-
     monkeypatch.setattr(score_predictor, "train_step", spy)
-    monkeypatch.setattr(score_predictor, "draw_sample",
-                        lambda *args: samples.append(draw(*args)) or samples[-1])
-    assert main([str(finished), "--anchors", "12", "--continuations", "4", "--points", "2",
-                 "--out", str(tmp_path / "results")]) == 0
-    assert spent == [int(line.split('"sampled_tokens": ')[1].split(",")[0])
-                     for line in open(finished / "metrics.jsonl")]
-    for sample in samples:  # no half is scored against itself
-        assert np.array_equal(sample.guesses["truth"], sample.truth[::-1])
-        assert sample.depth[:6].tolist() == [0] * 6 and (sample.depth[6:] > 0).all()
-        assert sample.truth.shape == sample.guesses["head"].shape == (2, len(sample.depth))
-    rows = list(csv.DictReader(open(tmp_path / "results" / "predictor.csv")))
-    names = {"truth", "head", "head, fresh", "head, repeats", "beta", "logistic", "counts",
-             "constant"}
-    for group in ("roots", "prefixes"):
-        assert {(row["step"], row["predictor"]) for row in rows if row["group"] == group} == {
-            (step, name) for step in "12" for name in names}
-    assert all(0 <= float(row["brier"]) <= 1 for row in rows)
-    assert {row["anchors"] for row in rows if row["group"] == "roots"} == {"6"}
-    bins = list(csv.DictReader(open(tmp_path / "results" / "predictor_reliability.csv")))
-    for name in names:
-        depths = [int(row["anchors"]) for row in bins if row["predictor"] == name
-                  and row["depth"] == "0" and row["step"] == "2"]
-        assert sum(depths) == 6
-    for name in ("predictor", "predictor_reliability"):
-        assert (tmp_path / "results" / f"{name}.png").stat().st_size > 1000
-    assert "step 1" in (out := capsys.readouterr().out) and "logistic" in out
-
-
-@pytest.mark.long
-def test_bad_input_is_one_line_and_exit_code_2(finished, tmp_path, capsys):
-    cases = [([str(tmp_path)], "config.json"), ([str(finished), "--anchors", "1"], "--anchors"),
-             ([str(finished), "--continuations", "3"], "even"),
-             ([str(finished), "--points", "0"], "--points"),
-             ([str(finished), "--anchors", "14"], "holds out"),
-             ([str(finished), "--what"], "--what")]
-    for arguments, word in cases:
-        assert_refused(main, arguments, word, capsys)
+    monkeypatch.setattr(score_predictor, "HALF", 4)
+    assert main([run, "--anchors", "12", "--points", "2", "--out", run]) == 0
+    assert spent == [row["sampled_tokens"] for row in metrics(tmp_path)]
+    rows = read_rows(tmp_path / "predictor.csv")
+    mine = [row for row in rows if (row["group"], row["step"]) == ("prefixes", 2)]
+    assert {row["predictor"] for row in mine} == {"truth", *MAKERS} - {"oracle"}
+    assert len({row["true"] for row in mine}) == 1
+    halves = [row["predicted"] != row["true"] for row in rows if row["predictor"] == "truth"]
+    assert any(halves)  # none is scored against itself
+    for name in ("predictor.png", "predictor_reliability.png"):
+        assert (tmp_path / name).stat().st_size > 10000  # drawn
+    capsys.readouterr()
+    for flags in (["--anchors", "1"], ["--points", "0"]):
+        assert_refused(main, [run, *flags], flags[0], capsys)
