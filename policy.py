@@ -9,10 +9,12 @@ import torch
 
 from engine.attention import pack
 from engine.errors import UsageError, first_line
-from engine.loading import (check_logits, end_of_turn, knows_bare_prompt, load_model, model_folder,
-                            prompt_ids)
+from engine.files import fingerprint_of_weights, model_folder
+from engine.loading import (check_logits, check_vocabulary, import_bitsandbytes,
+                            knows_bare_prompt, load_model, steady_context)
 from engine.memory import best_device, plain_layers, plan_memory
 from engine.sampling import sampling_mode
+from engine.text import Codec
 from tree import Node, path
 
 MAX_GRAD_NORM = 1.0    # gradients are clipped to this norm
@@ -34,50 +36,63 @@ OTHER_SIZES = Sizes(128, 256, 4096, 1e-4)
 class Policy:
     """A model with its tokenizer and the optimiser of its LoRA weights."""
 
-    def __init__(self, model, tokenizer, config):
+    def __init__(self, model, tokenizer, config, notice=""):
         self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.codec, self.notice = Codec(tokenizer), notice
         self.device = next(model.parameters()).device
         base = model.get_base_model()
         self.body, self.head = base.base_model, base.get_output_embeddings()
+        self.fingerprint = fingerprint_of_weights(base.name_or_path)
         self.softcap = getattr(base.config, "final_logit_softcapping", None)
-        self.num_words = len(tokenizer)  # many heads have more rows: no text stands for those
 
         bare_prompt = knows_bare_prompt(model_folder(config.model))
         sizes = EMBEDDED_SIZES if bare_prompt else OTHER_SIZES
         self.turn_tokens = config.turn_tokens or sizes.turn_tokens
         self.observation_tokens = sizes.observation_tokens
-        window = getattr(base.config, "sliding_window", None)  # our masks do not slide
-        self.context = min(config.context or sizes.context, base.config.max_position_embeddings,
-                           window or 2 ** 31)
-        if self.context <= self.turn_tokens:
-            raise UsageError(f"a context of {self.context} tokens has no room for a turn of "
-                             f"{self.turn_tokens}; see --context and --turn-tokens")
-
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         rate = sizes.learning_rate if config.learning_rate is None else config.learning_rate
         self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
         self.plain = plain_layers(self.body, self.head.weight.itemsize)
 
+        window = getattr(base.config, "sliding_window", None)  # our masks do not slide
+        wanted = min(config.context or sizes.context, base.config.max_position_embeddings,
+                     window or 2 ** 31)
+        self.context = steady_context(self, wanted)
+        if self.context < wanted:
+            self.notice += (f"\nits encoding of positions changes beyond {self.context} tokens: "
+                            "the context ends there")
+        if self.context <= self.turn_tokens:
+            raise UsageError(f"a context of {self.context} tokens has no room for a turn of "
+                             f"{self.turn_tokens}; see --context and --turn-tokens")
+
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        self.end_ids = {*ends, tokenizer.eos_token_id, *end_of_turn(tokenizer)} - {None}
+        self.end_ids = {*ends, tokenizer.eos_token_id, *self.codec.end_of_turn()} - {None}
+        # many heads have more rows, and some have holes: no text stands for those
+        self.num_words, holes = check_vocabulary(tokenizer, len(self.head.weight), self.end_ids)
         # only a token with one of these characters can complete an action or fake an observation
         words = tokenizer.batch_decode([[i] for i in range(self.num_words)])
         self.may_end = [i in self.end_ids or "]" in word or ":" in word
                         for i, word in enumerate(words)]
+        self.holes = torch.tensor([], dtype=torch.long, device=self.device)
         check_logits(self)
+        self.holes = torch.tensor(holes, dtype=torch.long, device=self.device)
         self.plan = plan_memory(self)
         self.cache_tokens = self.plan.cache_tokens
         if self.plan.checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
 
         chat = bool(tokenizer.chat_template) and not bare_prompt
-        self.prompt = prompt_ids(tokenizer, not bare_prompt, chat)
-        self.notice = ""
-        if not bare_prompt and self.context - sum(map(len, self.prompt)) < 4 * self.turn_tokens:
-            self.prompt = prompt_ids(tokenizer, False, chat)
-            self.notice = ("\nthe examples of the prompt do not fit into a context of "
-                           f"{self.context} tokens: prompting with the bare question")
+        self.before, self.behind, tag = self.codec.prompt(not bare_prompt, chat)
+        self.notice += tag
+        room = self.context - len(self.before) - len(self.behind)
+        if not bare_prompt and room < 4 * self.turn_tokens:
+            self.before, self.behind, _ = self.codec.prompt(False, chat)
+            self.notice += ("\nthe examples of the prompt do not fit into a context of "
+                            f"{self.context} tokens: prompting with the bare question")
+        if bare_prompt and config.data != "toy":
+            self.notice += ("\nthis policy knows the toy wiki only: --model names another for "
+                            "other questions")
 
     @property
     def num_live(self):
@@ -86,20 +101,16 @@ class Policy:
 
     # ------------------------------------------------------------ text and ids
     def encode(self, text):
-        """Ids of plain text: text that looks like a special token stays text, and half of a
-        surrogate pair, which JSON may hold but no tokenizer takes, becomes a question mark."""
-        text = text.encode(errors="replace").decode()
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        """Ids of plain text."""
+        return self.codec.encode(text)
 
     def root(self, question, env):
         """The root node of a question's tree: its prompt."""
-        before, behind = self.prompt
-        ids = before + self.encode(" " + question.text) + behind
+        ids = self.before + self.encode(" " + question.text) + self.behind
         return Node(np.array(ids, np.int32), 0, env.reset(question))
 
     def text(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True,
-                                     clean_up_tokenization_spaces=False)
+        return self.codec.decode(ids)
 
     def wrote(self, node):
         """What the policy wrote in a turn, without the observation."""
@@ -129,7 +140,9 @@ class Policy:
     def logits(self, hidden):
         """Hidden states [..., W] -> logits [..., V] over the words of the tokenizer."""
         logits = self.head(hidden.to(self.head.weight.dtype))[..., :self.num_words]
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.index_fill(-1, self.holes, -torch.inf) if len(self.holes) else logits
 
     def sampling(self):
         """A context in which forward passes sample: no gradients, no dropout."""
@@ -215,7 +228,8 @@ class Policy:
         """LoRA weights and optimiser state, for checkpoints."""
         from peft import get_peft_model_state_dict
         return {"adapter": get_peft_model_state_dict(self.model, save_embedding_layers=False),
-                "optimizer": self.optimizer.state_dict()}
+                "optimizer": self.optimizer.state_dict(),
+                "prompt": [list(self.before), list(self.behind)]}
 
     def load_state_dict(self, state):
         from peft import set_peft_model_state_dict
@@ -223,6 +237,7 @@ class Policy:
             raise UsageError("the checkpoint was made with a model of other shapes")
         set_peft_model_state_dict(self.model, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.before, self.behind = state.get("prompt", (self.before, self.behind))
 
 
 def shapes(weights):
@@ -233,13 +248,15 @@ def load_policy(config):
     """Policy of `config.model`: the embedded tiny model, a local folder or a hub id."""
     device = best_device()
     try:
-        model, tokenizer = load_model(
+        model, tokenizer, notice = load_model(
             model_folder(config.model), config.four_bit, device, config.seed)
-        return Policy(model, tokenizer, config)
+        return Policy(model, tokenizer, config, notice)
     except UsageError as error:
         why = str(error)
     except Exception as error:  # whatever transformers makes of a folder
-        hint = "; --no-4bit does without bitsandbytes" if config.four_bit else ""
+        hint = ""
+        if config.four_bit and not import_bitsandbytes():
+            hint = "; bitsandbytes cannot be imported, --no-4bit does without it"
         why = f"cannot be used ({first_line(error)}){hint}"
         if device == "cuda" and torch.cuda.memory_stats().get("num_ooms"):
             why = "does not fit into the memory of the GPU"  # transformers hides the reason

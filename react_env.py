@@ -13,11 +13,12 @@ A turn is one call of a tool (Yao et al. 2023, `wikienv.py`):
   Lookup[keyword]  the next sentence of that page that holds the keyword, in any case
   Finish[answer]   ends the episode; reward 1 if the answer is an exact match, else 0
 
-More is understood than by the original: white space around an action, and titles in
-another case, with HTML entities or with other white space. One thing is not: `think[x]`
-is an invalid action. As there, `Lookup[]` walks through the whole page. Its faults are
-not repeated: an empty action or a backslash in a page raised an error, an episode that
-ran out of turns could score, and rewards were fuzzy and given more than once.
+More is understood than by the original: white space around an action, marks around the
+words `**Action:**` and `action :`, which may be in any case, and titles in another case,
+with HTML entities or with other white space. One thing is not: `think[x]` is an invalid
+action. As there, `Lookup[]` walks through the whole page. Its faults are not repeated: an
+empty action or a backslash in a page raised an error, an episode that ran out of turns could
+score, and rewards were fuzzy and given more than once.
 """
 import html
 import re
@@ -195,8 +196,10 @@ class Action(NamedTuple):
 
 
 _ACTION = re.compile(r"([Ss]earch|[Ll]ookup|[Ff]inish)\[(.*)\]", re.DOTALL)
-_MARKER = re.compile(r"^[ \t]*Action(?: ?\d+)?:", re.MULTILINE)
-_STOP = re.compile(r"[][]|\n[ \t]*Observation(?: ?\d+)?:")
+# Models write marks of emphasis and of lists around a word. Few: the time must stay bounded.
+_MARKS = r"[^\w\n\[\]:]{0,8}"
+_MARKER = re.compile(rf"^{_MARKS}Action{_MARKS}\d*{_MARKS}:{_MARKS}", re.MULTILINE | re.IGNORECASE)
+_STOP = re.compile(rf"[][]|\n{_MARKS}Observation{_MARKS}\d*{_MARKS}:", re.IGNORECASE)
 
 
 def parse_action(text):
@@ -347,7 +350,9 @@ class ReActEnv:
                 index += 1
             new = replace(new, keyword=argument, lookup_index=index)
         elif kind == "finish":
-            reward = episode.question.score(argument)["em"]
+            reward = 0.0  # also for an answer that is nothing, where the right one is nothing
+            if normalize_answer(argument):
+                reward = episode.question.score(argument)["em"]
             text = f"Episode finished, reward = {reward:.0f}"
             new = replace(new, prediction=argument, reward=reward, done=True)
         else:

@@ -33,9 +33,9 @@ from engine.command_line import check_dials, dial, load_dials, own_dials, parse_
 from engine.errors import NotFinite, UsageError
 from engine.files import write_json
 from engine.memory import best_device, describe_memory, trim_memory
-from engine.runs import (Journal, LapTimer, ctrl_c, describe_run, describe_scores, describe_step,
-                         fresh_folder, load_checkpoint, save_run, say, show, start_folder,
-                         tree_metrics)
+from engine.runs import (Journal, LapTimer, check_inputs, ctrl_c, describe_run, describe_scores,
+                         describe_step, fresh_folder, inputs_of, load_checkpoint, save_run, say,
+                         show, start_folder, tree_metrics)
 from engine.schedule import Schedule
 from policy import load_policy
 from predictor import PREDICTORS, predict, score_and_update
@@ -249,6 +249,7 @@ def train(config, policy, data, folder, saved=None, stopped=()):
     state = State.begin(config, data)
     predictor = PREDICTORS[config.predictor](policy, data.env, config.seed)
     parts = {"state": state, "policy": policy, "predictor": predictor}
+    known = {"config": own_dials(config), "inputs": inputs_of(policy, data)}
     journal, step = Journal(folder, saved["lengths"] if saved else {}), 0
     if saved:
         step = saved["state"]["schedule"]["step"]
@@ -264,9 +265,9 @@ def train(config, policy, data, folder, saved=None, stopped=()):
 
     some = data.eval[:config.eval_questions]
     if journal.is_new:
-        save_run(folder, 0, own_dials(config), journal, parts)
+        save_run(folder, 0, known, journal, parts)
         state.schedule.guess(assess(some)["tokens"])
-        save_run(folder, 0, own_dials(config), journal, parts)
+        save_run(folder, 0, known, journal, parts)
     todo = range(step + 1, config.steps + 1)
     for step in tqdm(todo, config.method, config.steps, initial=step, unit="step"):
         trees, row = train_step(config, state, policy, predictor, data)
@@ -281,7 +282,7 @@ def train(config, policy, data, folder, saved=None, stopped=()):
             row |= {"eval_em": result["em"], "eval_f1": result["f1"]}
         journal.write("metrics", row)
         if last or stop or broken or step % config.checkpoint_every == 0:
-            save_run(folder, step, own_dials(config), journal, parts)
+            save_run(folder, step, known, journal, parts)
         if broken:
             raise NotFinite(f"{folder}: saved and stopped: in the last {MOST_BAD} steps a loss or "
                             "gradient was not finite; try a smaller --learning-rate")
@@ -305,9 +306,15 @@ def run(config):
     folder = Path(config.resume) if goes_on else fresh_folder(config)
     say(describe_run(folder, config, best_device()))
     data, policy = load_data(config), load_policy(config)
+    inputs = {"weights": policy.fingerprint}
+    if not config.scores_a_file:
+        data = data.that_fit(policy)
+        inputs = inputs_of(policy, data)
+    if saved:
+        check_inputs(config.resume, saved, inputs)
     if not (goes_on and config.eval_only):
         start_folder(folder, asdict(config), fresh=not goes_on)
-    say(describe_memory(policy) + policy.notice)
+    say(describe_memory(policy) + policy.notice + data.notice)
     if not config.eval_only:
         with ctrl_c() as stopped:
             return train(config, policy, data, folder, saved, stopped)

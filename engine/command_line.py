@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from engine.errors import NotFinite, UsageError, first_line
+from engine.files import model_folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,10 +103,11 @@ def parse_dials(config_class, description, arguments=None):
     add_dials(parser, config_class)
     given = parser.parse_args(arguments)
     if not given.resume:
-        return config_class(**vars(given))
+        return config_class(**absolute(given))
     saved = load_dials(config_class, given.resume)
     parser.set_defaults(**dataclasses.asdict(saved) | {"out": ""})
     given = parser.parse_args(arguments)
+    vars(given).update(absolute(given))
     if given.eval_only and (given.data != saved.data) != bool(given.out):
         raise UsageError("--resume --eval-only: --data names another file, and --out a folder for "
                          "its scores; neither goes alone")
@@ -120,6 +122,17 @@ def parse_dials(config_class, description, arguments=None):
                              f"{getattr(given, name)}; only --steps, the memory dials and "
                              "--eval-only, with --data and --out, may change")
     return config_class(**vars(given))
+
+
+def absolute(given):
+    """The dials, with names of files and folders that are there made absolute: a run finds them
+    from wherever it goes on."""
+    dials = vars(given)
+    for name, built_in in (("model", "tiny"), ("data", "toy"), ("eval_data", "")):
+        value = dials[name]
+        if value != built_in and os.path.exists(value) and model_folder(value) == value:
+            dials[name] = os.path.abspath(value)
+    return dials
 
 
 def load_dials(config_class, folder, **changed):

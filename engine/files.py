@@ -2,7 +2,11 @@
 import json
 import os
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
+
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "world"  # holds the policies in the box
 
 
 @contextmanager
@@ -20,3 +24,27 @@ def write_aside(file):
 def write_json(file, content):
     with write_aside(file) as stream:
         stream.write(json.dumps(content, indent=1).encode())
+
+
+def fingerprint(content):
+    """A short hash of plain data."""
+    return blake2b(repr(content).encode(), digest_size=8).hexdigest()
+
+
+def fingerprint_of_weights(folder):
+    """Of the safetensors files in a folder: their sizes, and one part in a thousand of them."""
+    parts = []
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            for place in range(0, size, max(1, size // 1000)):
+                stream.seek(place)
+                parts.append(stream.read(1024))
+        parts.append(size)
+    return fingerprint(parts)
+
+
+def model_folder(name):
+    """tiny, tiny2: in the box, wherever we are started; else the name as it is."""
+    embedded = EMBEDDED / name
+    return str(embedded) if name.isalnum() and embedded.is_dir() else name

@@ -13,7 +13,6 @@ from transformers.utils import logging as transformers_logging
 
 import engine.attention  # noqa: F401  (registers the attention named "packed")
 from engine.errors import UsageError, first_line
-from react_env import Question, prompt_text
 from tree import Node
 
 QUIET = ("fan_in_fan_out", ".*is_gradient_checkpointing",  # peft mends GPT-2, asks the old way
@@ -24,21 +23,13 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()  # of reading weights, and of downloading them too;
 enable_progress_bars()                       # ... but that takes minutes
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "world"  # holds the policies in the box
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub's model: no pickles
 NOT_FILES = ["*/*", "consolidated*"]  # of these: folders for other engines, a second copy
 LORA_RANK = 16
-SLOT = Question("", "{the question}", (), "", 0)  # stands for any question in a prompt
-
-
-def model_folder(name):
-    """tiny, tiny2: in the box, wherever we are started; else the name as it is."""
-    embedded = EMBEDDED / name
-    return str(embedded) if name.isalnum() and embedded.is_dir() else name
 
 
 def load_model(name, four_bit, device, seed):
-    """-> (model with LoRA adapters, tokenizer)."""
+    """-> (model with LoRA adapters, tokenizer, a notice or "")."""
     import_bitsandbytes()
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -48,6 +39,11 @@ def load_model(name, four_bit, device, seed):
         raise UsageError("no tokenizer in that folder")
     tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     shape = AutoConfig.from_pretrained(folder, **local)
+    if shape.get_text_config() is not shape:
+        raise UsageError("it reads more than text; only models of text alone can be used")
+    notice = ""
+    if not four_bit and getattr(shape, "quantization_config", None):
+        notice = "\nthe files of the model are quantised already: --no-4bit changes nothing"
     for key, value in vars(shape).items():
         if "drop" in key and isinstance(value, float):
             setattr(shape, key, 0.0)  # the update must see the network that sampled
@@ -55,9 +51,16 @@ def load_model(name, four_bit, device, seed):
     if four_bit:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                           bnb_4bit_compute_dtype=dtype)
-    model, found = AutoModelForCausalLM.from_pretrained(
-        folder, config=shape, dtype=dtype, quantization_config=quantization, use_safetensors=True,
-        output_loading_info=True, attn_implementation="packed", device_map={"": device}, **local)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=shape, dtype=dtype, quantization_config=quantization,
+            use_safetensors=True, output_loading_info=True, attn_implementation="packed",
+            device_map={"": device}, **local)
+    except Exception:
+        model_class = AutoModelForCausalLM._model_mapping.get(type(shape))
+        if getattr(model_class, "_supports_attention_backend", True):
+            raise
+        raise UsageError("transformers does not let its attention be replaced") from None
     if found["missing_keys"]:  # transformers would leave them random and say nothing
         raise UsageError(f"its files have no weights for {min(found['missing_keys'])}")
     if device == "cpu":
@@ -67,7 +70,7 @@ def load_model(name, four_bit, device, seed):
         r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", lora_dropout=0.0,
         task_type="CAUSAL_LM"))
     model.peft_config["default"].base_model_name_or_path = name  # not our cache
-    return model, tokenizer
+    return model, tokenizer, notice
 
 
 def find_files(name):
@@ -111,6 +114,39 @@ def check_blocks(model):
                              f"{module.weight.blocksize}; use --no-4bit")
 
 
+def check_vocabulary(tokenizer, num_rows, end_ids):
+    """-> (number of words, ids below it that no text stands for). UsageError where the tokenizer
+    or the ends of a text know words that the model has no weights for."""
+    ids = set(tokenizer.get_vocab().values())
+    highest = max(ids | end_ids)
+    if highest >= num_rows:
+        raise UsageError(f"its tokenizer or its end of text has id {highest}, but its weights end "
+                         f"at {num_rows - 1}: they do not belong together")
+    return max(ids) + 1, sorted(set(range(max(ids))) - ids)
+
+
+def steady_context(policy, context):
+    """The longest context, up to this one, in which a far position leaves the hidden states at
+    near ones as they are. Some encodings of positions (longrope) change for long passes: a path
+    would depend on how long its neighbours are."""
+    def hidden(places):
+        ids = torch.arange(len(places), device=policy.device)[None]
+        places = torch.tensor([places], device=policy.device)
+        return policy.body(input_ids=ids, position_ids=places,
+                           use_cache=False).last_hidden_state[0, :2].float()
+
+    def is_steady(length):
+        difference = (hidden([0, 1, length - 1]) - alone).abs().max()
+        return bool(difference <= 0.01 * alone.abs().max())
+
+    with policy.sampling():
+        alone, low, high = hidden([0, 1]), 3, context
+        while low < high:
+            middle = (low + high + 1) // 2 if high < context else context
+            low, high = (middle, high) if is_steady(middle) else (low, middle - 1)
+    return low
+
+
 def check_logits(policy):
     """Some architectures scale their logits in ways of their own, or have an attention that is
     more than ours: refuse those. What they compute as they come is "eager". Errors are measured
@@ -149,44 +185,3 @@ def import_bitsandbytes():
         del sys.modules["kernels"]
         if hidden is not None:
             sys.modules["kernels"] = hidden
-
-
-# ---------------------------------------------------------------- prompt
-def prompt_ids(tokenizer, few_shot, chat):
-    """Ids of the prompt before and behind the question, which is encoded apart, as plain text:
-    no question can put a special token into the prompt, and a template's own stay special.
-
-    With `chat` all stands in one user turn (some templates, Gemma's, refuse a system role), and
-    the assistant's turn begins with "Thought:". What follows is appended as ids, turn by turn."""
-    text, start = prompt_text(SLOT, few_shot), []
-    if chat:
-        said, thought = text.rsplit("\n", 1)
-        text = render(tokenizer, add_generation_prompt=True, user=said) + thought
-    elif tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
-        start = [tokenizer.bos_token_id]
-    if text.count(SLOT.text) != 1:
-        raise UsageError("the chat template does not show what the user says, once")
-    before, behind = text.split(SLOT.text)
-    before = tokenizer(before.removesuffix(" "), add_special_tokens=False).input_ids
-    return start + before, tokenizer(behind, add_special_tokens=False).input_ids
-
-
-def end_of_turn(tokenizer):
-    """Ids, at most one, with which the chat template ends what the assistant says."""
-    if not tokenizer.chat_template:
-        return set()
-    text = render(tokenizer, user="?", assistant=SLOT.text).rpartition(SLOT.text)[2]
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return set([i for i in ids if i in tokenizer.added_tokens_decoder][:1])
-
-
-def render(tokenizer, add_generation_prompt=False, **said):
-    """A conversation, role=text, as the chat template writes it. Reasoning models are asked not
-    to think at length, and a date in the prompt would change it from day to day."""
-    turns = [{"role": role, "content": text} for role, text in said.items()]
-    try:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt,
-            enable_thinking=False, date_string="26 Jul 2024")
-    except Exception as error:
-        raise UsageError(f"the chat template fails: {first_line(error)}") from None

@@ -26,7 +26,7 @@ from engine.errors import UsageError, first_line
 from engine.files import write_aside, write_json
 from tree import has_contrast, leaves, nodes, path
 
-PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of a checkpoint
+PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of every checkpoint
 
 
 def fresh_folder(config):
@@ -95,12 +95,13 @@ def checkpoint_files(folder):
     return sorted(Path(folder, "checkpoint").glob("step-*.pt"))
 
 
-def save_run(folder, step, dials, journal, parts):
+def save_run(folder, step, known, journal, parts):
     """Bring a run to the disk: adapter/, curve.png, and checkpoint/step-000010.pt with the
-    state_dict of all `parts` by name. The checkpoint before it is kept."""
+    state_dict of all `parts` by name and what is `known` of the run: its dials as "config", and
+    its "inputs". The checkpoint before it is kept."""
     save_adapter(parts["policy"].model, folder)
     draw_curve(folder)
-    content = {"config": dials, "lengths": journal.sync()}
+    content = known | {"lengths": journal.sync()}
     for name, part in parts.items():
         content[name] = part.state_dict()
     torch.save(content, buffer := io.BytesIO())  # into a file it would hide that a disk is full
@@ -131,10 +132,28 @@ def load_checkpoint(folder):
         raise UsageError(f"{files[-1]}: damaged, or no checkpoint of ours; {then}") from None
     config = json.loads(Path(folder, "config.json").read_text())
     for name, value in saved["config"].items():
-        if config.get(name) != value:
-            raise UsageError(f"{files[-1]}: of another run, with {name} {value}, not "
-                             f"{config.get(name)}; {then}")
+        if name in config and config[name] != value:
+            raise UsageError(f"{folder}: config.json says {name} {config[name]}, and "
+                             f"{files[-1].name} {value}. If config.json was edited, put {value} "
+                             f"back; if the checkpoint is another run's, {then}")
     return saved
+
+
+def inputs_of(policy, data):
+    """{what a run reads: fingerprint of its content}."""
+    return {"weights": policy.fingerprint, **data.fingerprints()}
+
+
+def check_inputs(folder, saved, inputs):
+    """UsageError where the content of what a run reads, {what: fingerprint}, is not what it
+    began with."""
+    if "inputs" not in saved:
+        return say(f"{folder}: an old checkpoint, which does not tell what the run read: "
+                   f"{', '.join(inputs)} were not checked")
+    for name, value in inputs.items():
+        if saved["inputs"][name] != value:
+            raise UsageError(f"--resume {folder}: the {name} are not those that the run began "
+                             "with; bring them back, or start a new run")
 
 
 def save_adapter(model, folder):
@@ -215,6 +234,8 @@ def describe_run(folder, config, device):
 
 def describe_scores(row):
     """An evaluation in one line."""
+    if row["em"] is None:
+        return "predictions without scores: the file tells no answers"
     after = ""
     if "sampled_tokens" in row:
         after = f" after {row['sampled_tokens']:,} sampled tokens"

@@ -8,10 +8,13 @@ from engine.files import write_aside
 from react_env import Question, Wiki
 
 # Shapes of records for _check: {field or place: shape}, [shape of every item], or a type.
-HOTPOT = {"_id": str, "question": str, "answer": str, "type": str,  # 2WikiMultihopQA's too
+HOTPOT = {"id": str, "question": str, "answer": str | None, "type": str,  # 2Wiki too
           "context": [{0: str, 1: [str]}], "supporting_facts": [{0: str, 1: int}]}
-MUSIQUE = {"id": str, "question": str, "answer": str, "answer_aliases": [str],
+MUSIQUE = {"id": str, "question": str, "answer": str | None, "answer_aliases": [str],
+           "answerable": bool,
            "paragraphs": [{"title": str, "paragraph_text": str, "is_supporting": bool}]}
+UNTOLD = {"answer": None, "answer_aliases": [], "answerable": True, "type": "",
+          "supporting_facts": [], "is_supporting": False}  # by test splits
 ALIASES = {"Q_id": str, "aliases": [str], "demonyms": [str]}
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=\S)")  # in MuSiQue; " " joins it again
 
@@ -19,9 +22,11 @@ SENTENCE_END = re.compile(r"(?<=[.!?]) (?=\S)")  # in MuSiQue; " " joins it agai
 def load_questions(path):
     """(list of Question, Wiki of all their paragraphs); UsageError if it cannot be used.
 
-    HotpotQA, 2WikiMultihopQA or MuSiQue, told by the first record's fields. `num_hops`:
-    2 in HotpotQA, the gold titles in 2Wiki, as the id says in MuSiQue. 2Wiki's aliases
-    come from the official `id_aliases.json` if that lies beside the file.
+    HotpotQA, 2WikiMultihopQA or MuSiQue, told by the first record's fields, in the official form
+    or as the datasets library writes it. `num_hops`: 2 in HotpotQA, the gold titles in 2Wiki, as
+    the id says in MuSiQue. 2Wiki's aliases come from the official `id_aliases.json` if that lies
+    beside the file. A question whose answer is not told has none; one that the file calls
+    unanswerable has none either, and is of kind "unanswerable".
     """
     records = _records(path)
     fields = records[0] if isinstance(records[0], dict) else ()
@@ -33,25 +38,54 @@ def load_questions(path):
     aliases = _read_aliases(Path(path).with_name("id_aliases.json")) if rules == "2wiki" else {}
     questions, articles = [], []
     for number, record in enumerate(records, 1):
+        record = _unfold(record)
         _check(record, shape, f"{path}: record {number}")
+        id = record["id"]
         if rules == "musique":
-            id, more = record["id"], record["answer_aliases"]
+            more = record["answer_aliases"]
             kind = id.split("__")[0]  # "3hop1"
             pages = record["paragraphs"]
             articles += [(p["title"], SENTENCE_END.split(p["paragraph_text"])) for p in pages]
             gold = [p["title"] for p in pages if p["is_supporting"]]
             num_hops = int(kind[0]) if kind[:1].isdecimal() else len(gold)
         else:
-            id, kind = record["_id"], record["type"]
+            kind = record["type"]
             more = aliases.get(str(record.get("answer_id")), ())
             articles += [page[:2] for page in record["context"]]
             gold = [fact[0] for fact in record["supporting_facts"]]
             num_hops = 2 if rules == "hotpot" else len(set(gold))
-        answers = (record["answer"], *more)
+        answers = () if record["answer"] is None else (record["answer"], *more)
+        if not record["answerable"]:
+            kind, answers = "unanswerable", ()
         gold = tuple(dict.fromkeys(gold))
         questions.append(
             Question(id, record["question"], answers, kind, num_hops, gold, rules))
     return questions, Wiki(articles, joiner="" if rules == "hotpot" else " ")
+
+
+def _unfold(record):
+    """A record as the official files have it. The datasets library writes nested fields as JSON
+    in a string, or column by column; the id has two names; test splits leave fields out."""
+    if not isinstance(record, dict):
+        return record
+    told = {name: value for name, value in record.items() if value is not None}
+    told.setdefault("id", told.get("_id"))
+    for name in ("context", "supporting_facts", "paragraphs"):
+        value = told.get(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                continue  # _check will say what is wrong with it
+        if isinstance(value, dict):
+            columns = [column if isinstance(column, list) else [] for column in value.values()]
+            rows = [list(row) for row in zip(*columns)]
+            value = [dict(zip(value, row)) for row in rows] if name == "paragraphs" else rows
+        if name == "paragraphs" and isinstance(value, list):
+            value = [UNTOLD | page if isinstance(page, dict) else page for page in value]
+        if value is not None:
+            told[name] = value
+    return UNTOLD | told
 
 
 def _read_aliases(file):
@@ -97,7 +131,7 @@ def _check(value, shape, where):
         for i, item in enumerate(value):
             _check(item, shape[0], f"{where}[{i}]")
     elif not isinstance(value, shape):
-        raise UsageError(f"{where} is not a {shape.__name__}")
+        raise UsageError(f"{where} is not a {getattr(shape, '__name__', shape)}")
 
 
 def write_predictions(folder, questions, predictions):
@@ -113,7 +147,7 @@ def write_predictions(folder, questions, predictions):
     if questions and questions[0].rules == "musique":
         file = file.with_suffix(".jsonl")
         lines = [{"id": id, "predicted_answer": answer, "predicted_support_idxs": [],
-                  "predicted_answerable": True} for id, answer in answers.items()]
+                  "predicted_answerable": answer != ""} for id, answer in answers.items()]
     with write_aside(file) as stream:
         for line in lines:
             stream.write(json.dumps(line).encode() + b"\n")

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.errors import UsageError
-from react_env import ReActEnv
+from engine.files import fingerprint
+from react_env import ReActEnv, normalize_answer
 from tree import leaves
 from world.files import load_questions
 from world.toy import make_questions, make_world
@@ -23,6 +24,27 @@ class Data(NamedTuple):
     train: list
     eval_env: ReActEnv
     eval: list
+    notice: str = ""  # lines about questions that were left out
+
+    def fingerprints(self):
+        """{what: hash of its content}, to know it again on --resume."""
+        questions = [(q.id, q.text, q.answers) for q in self.train + self.eval]
+        wikis = dict.fromkeys((self.env.wiki, self.eval_env.wiki))
+        texts = [(title, wiki.text(title)) for wiki in wikis for title in wiki.titles]
+        return {"questions": fingerprint(questions), "wiki": fingerprint(texts)}
+
+    def that_fit(self, policy):
+        """The same, without questions whose prompt leaves no room for a turn."""
+        room = policy.context - policy.turn_tokens - len(policy.before) - len(policy.behind)
+        kept = []
+        for questions in (self.train, self.eval):
+            kept.append([q for q in questions if len(policy.encode(" " + q.text)) <= room])
+        num_long = len(self.train) + len(self.eval) - len(kept[0]) - len(kept[1])
+        if not kept[0] or not kept[1]:
+            raise UsageError(f"of {num_long} questions, too few leave room for a turn in a context "
+                             f"of {policy.context} tokens; see --context and --turn-tokens")
+        notice = f"\n{num_long} questions are too long and left out" if num_long else ""
+        return self._replace(train=kept[0], eval=kept[1], notice=self.notice + notice)
 
 
 def load_data(config):
@@ -36,26 +58,37 @@ def load_data(config):
                         env, make_questions(world, num_eval, split="eval"))
         except ValueError as error:
             raise UsageError(f"--eval-questions: {error}") from None
-    questions, env = load_file(config.data)
-    if config.scores_a_file:
-        return Data(env, [], env, questions)
+    everything = config.scores_a_file
+    questions, env, notice = load_file(config.data, everything)
+    if everything:
+        return Data(env, [], env, questions, notice)
     held_out, eval_env = [q for q in questions if is_held_out(q)], env
     if config.eval_data:
-        held_out, eval_env = load_file(config.eval_data)
+        held_out, eval_env, more = load_file(config.eval_data, everything)
+        notice += more
     known = {question.id for question in held_out}
     questions = [question for question in questions if question.id not in known]
     if not questions or not held_out:
         raise UsageError(f"--data {config.data}: too few questions to train and to evaluate on")
-    return Data(env, questions, eval_env, held_out[:num_eval])
+    return Data(env, questions, eval_env, held_out[:num_eval], notice)
 
 
-def load_file(file):
-    """-> (questions, environment). No id may stand twice: counts and scores go by it."""
-    questions, wiki = load_questions(file)
+def load_file(file, everything):
+    """-> (questions, environment, a notice). Without answerable questions there is nothing to
+    learn: they are left out, and counted, but where `everything` is to be answered."""
+    found, wiki = load_questions(file)
+    questions = [q for q in found if q.kind != "unanswerable"]
+    if not everything:
+        questions = [q for q in questions if q.text.strip() and any(
+            normalize_answer(answer) for answer in q.answers)]
+    num_out = len(found) - len(questions)
+    notice = f"\n{file}: {num_out} questions have no answer and are left out" if num_out else ""
+    if not questions:
+        raise UsageError(f"{file}: no question that has an answer")
     id, num = Counter(question.id for question in questions).most_common(1)[0]
     if num > 1:
         raise UsageError(f"{file}: {num} questions have the id {id}")
-    return questions, ReActEnv(wiki, MAX_TURNS)
+    return questions, ReActEnv(wiki, MAX_TURNS), notice
 
 
 def is_held_out(question):
@@ -68,6 +101,9 @@ def summarise(questions, scores, first=None):
     0 to 1), and em by hop count, by kind and by trap (toy questions name the traps they hold)."""
     groups = {"by_hops": defaultdict(list), "by_kind": defaultdict(list),
               "by_trap": defaultdict(list)}
+    questions = [question for question in questions if question.answers]
+    if not questions:  # a test split
+        return {"num_questions": 0, "em": None, "em_first": None, "f1": None, "by_hops": {}}
     em = [scores[question.id]["em"] for question in questions]
     f1 = [scores[question.id]["f1"] for question in questions]
     for question, right in zip(questions, em):
