@@ -119,7 +119,7 @@ class Wiki:
 
     def __init__(self, articles, joiner=" "):
         self.joiner = joiner
-        self._pages = {}  # title: sentences
+        self.pages = {}  # title: sentences
         self._indexes = None  # for `similar`
         known = set()
         for title, sentences in articles:
@@ -127,11 +127,11 @@ class Wiki:
             if (title, text) in known:
                 continue
             known.add((title, text))
-            page = self._pages.get(title)
+            page = self.pages.get(title)
             if page is not None and text and not joiner:  # do not glue two texts
                 text = (" " + text[0], *text[1:])
-            self._pages[title] = (page or ()) + text
-        self.titles = list(self._pages)
+            self.pages[title] = (page or ()) + text
+        self.titles = list(self.pages)
         self._titles = {}  # form: title
         forms = [_forms(title) for title in self.titles]
         for level in range(4):  # the exact forms of all titles come before loose ones
@@ -153,7 +153,7 @@ class Wiki:
         found = self.find(title)
         if found is None:
             raise KeyError(title)
-        return self._pages[found]
+        return self.pages[found]
 
     def text(self, title):
         """The whole text of an article, all texts of a repeated title; or KeyError."""
@@ -167,7 +167,7 @@ class Wiki:
         if not self.titles:
             return []
         if self._indexes is None:  # costs seconds at 100,000 articles, so only now
-            texts = map(self.joiner.join, self._pages.values())
+            texts = map(self.joiner.join, self.pages.values())
             self._indexes = _bm25(self.titles, b=0.3), _bm25(texts, b=0.75)
         words = dict.fromkeys(re.findall(r"\w+", query[:MAX_ECHO].lower()))
         scores = np.zeros(len(self), np.float32)

@@ -12,9 +12,10 @@ HOTPOT = {"id": str, "question": str, "answer": str | None, "type": str,  # 2Wik
           "context": [{0: str, 1: [str]}], "supporting_facts": [{0: str, 1: int}]}
 MUSIQUE = {"id": str, "question": str, "answer": str | None, "answer_aliases": [str],
            "answerable": bool,
-           "paragraphs": [{"title": str, "paragraph_text": str, "is_supporting": bool}]}
+           "paragraphs": [{"title": str, "paragraph_text": str}]}
 UNTOLD = {"answer": None, "answer_aliases": [], "answerable": True, "type": "",
-          "supporting_facts": [], "is_supporting": False}  # by test splits
+          "supporting_facts": []}  # by test splits
+NESTED = {"context", "supporting_facts", "paragraphs"}
 ALIASES = {"Q_id": str, "aliases": [str], "demonyms": [str]}
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=\S)")  # in MuSiQue; " " joins it again
 
@@ -38,7 +39,6 @@ def load_questions(path):
     aliases = _read_aliases(Path(path).with_name("id_aliases.json")) if rules == "2wiki" else {}
     questions, articles = [], []
     for number, record in enumerate(records, 1):
-        record = _unfold(record)
         _check(record, shape, f"{path}: record {number}")
         id = record["id"]
         if rules == "musique":
@@ -46,7 +46,7 @@ def load_questions(path):
             kind = id.split("__")[0]  # "3hop1"
             pages = record["paragraphs"]
             articles += [(p["title"], SENTENCE_END.split(p["paragraph_text"])) for p in pages]
-            gold = [p["title"] for p in pages if p["is_supporting"]]
+            gold = [p["title"] for p in pages if p.get("is_supporting")]
             num_hops = int(kind[0]) if kind[:1].isdecimal() else len(gold)
         else:
             kind = record["type"]
@@ -63,31 +63,6 @@ def load_questions(path):
     return questions, Wiki(articles, joiner="" if rules == "hotpot" else " ")
 
 
-def _unfold(record):
-    """A record as the official files have it. The datasets library writes nested fields as JSON
-    in a string, or column by column; the id has two names; test splits leave fields out."""
-    if not isinstance(record, dict):
-        return record
-    told = {name: value for name, value in record.items() if value is not None}
-    told.setdefault("id", told.get("_id"))
-    for name in ("context", "supporting_facts", "paragraphs"):
-        value = told.get(name)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                continue  # _check will say what is wrong with it
-        if isinstance(value, dict):
-            columns = [column if isinstance(column, list) else [] for column in value.values()]
-            rows = [list(row) for row in zip(*columns)]
-            value = [dict(zip(value, row)) for row in rows] if name == "paragraphs" else rows
-        if name == "paragraphs" and isinstance(value, list):
-            value = [UNTOLD | page if isinstance(page, dict) else page for page in value]
-        if value is not None:
-            told[name] = value
-    return UNTOLD | told
-
-
 def _read_aliases(file):
     """{id of an answer: its other names}, empty without the file."""
     aliases = {}
@@ -99,22 +74,37 @@ def _read_aliases(file):
 
 
 def _records(path):
-    """The records of a JSON list or of JSON lines, at least one."""
-    where = path
-    records = []
+    """The records of a JSON list or of JSON lines, at least one, in the official form."""
+    where, records = path, []
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            for line in filter(str.strip, text.split("\n")):  # not at U+2028
-                where = f"{path}: record {len(records) + 1}"
-                records.append(json.loads(line))
+        is_list = text.lstrip().startswith("[")
+        found = json.loads(text) if is_list else filter(str.strip, text.split("\n"))
+        for record in found:  # lines do not end at U+2028
+            where = f"{path}: record {len(records) + 1}"
+            records.append(_unfold(record if is_list else json.loads(record)))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8
         raise UsageError(f"{where}: {first_line(error)}") from None
     if not records:
         raise UsageError(f"{path}: no questions")
     return records
+
+
+def _unfold(record):
+    """The official form of a record. The datasets library writes nested fields as JSON in a
+    string, or column by column; the id has two names; test splits leave fields out."""
+    if not isinstance(record, dict):
+        return record
+    told = dict(UNTOLD)
+    for name, value in record.items():
+        if name in NESTED and isinstance(value, str):
+            value = json.loads(value)
+        if name in NESTED and isinstance(value, dict):
+            rows = zip(*value.values())
+            value = [dict(zip(value, row)) if name == "paragraphs" else row for row in rows]
+        if value is not None:
+            told["id" if name == "_id" else name] = value
+    return told
 
 
 def _check(value, shape, where):
@@ -127,7 +117,7 @@ def _check(value, shape, where):
                 raise UsageError(f"{where}: field '{name}' is missing") from None
             _check(inner, shape[name], f"{where}: field '{name}'")
     elif isinstance(shape, list):
-        _check(value, list, where)
+        _check(value, list | tuple, where)
         for i, item in enumerate(value):
             _check(item, shape[0], f"{where}[{i}]")
     elif not isinstance(value, shape):

@@ -29,22 +29,20 @@ class Data(NamedTuple):
     def fingerprints(self):
         """{what: hash of its content}, to know it again on --resume."""
         questions = [(q.id, q.text, q.answers) for q in self.train + self.eval]
-        wikis = dict.fromkeys((self.env.wiki, self.eval_env.wiki))
-        texts = [(title, wiki.text(title)) for wiki in wikis for title in wiki.titles]
-        return {"questions": fingerprint(questions), "wiki": fingerprint(texts)}
+        return {"questions": fingerprint(questions),
+                "wiki": fingerprint([self.env.wiki.pages, self.eval_env.wiki.pages])}
 
     def that_fit(self, policy):
         """The same, without questions whose prompt leaves no room for a turn."""
-        room = policy.context - policy.turn_tokens - len(policy.before) - len(policy.behind)
-        kept = []
-        for questions in (self.train, self.eval):
-            kept.append([q for q in questions if len(policy.encode(" " + q.text)) <= room])
-        num_long = len(self.train) + len(self.eval) - len(kept[0]) - len(kept[1])
-        if not kept[0] or not kept[1]:
-            raise UsageError(f"of {num_long} questions, too few leave room for a turn in a context "
-                             f"of {policy.context} tokens; see --context and --turn-tokens")
+        def fits(question):
+            return policy.root(question, self.env).length + policy.turn_tokens <= policy.context
+        train, held_out = list(filter(fits, self.train)), list(filter(fits, self.eval))
+        num_long = len(self.train) + len(self.eval) - len(train) - len(held_out)
+        if not train or not held_out:
+            raise UsageError(f"{num_long} questions leave no room for a turn in a context of "
+                             f"{policy.context} tokens; see --context and --turn-tokens")
         notice = f"\n{num_long} questions are too long and left out" if num_long else ""
-        return self._replace(train=kept[0], eval=kept[1], notice=self.notice + notice)
+        return self._replace(train=train, eval=held_out, notice=self.notice + notice)
 
 
 def load_data(config):
