@@ -54,6 +54,13 @@ class Policy:
         self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
         self.plain = plain_layers(self.body, self.head.weight.itemsize)
 
+        ends = base.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.end_ids = {*ends, tokenizer.eos_token_id, *self.codec.end_of_turn()} - {None}
+        # many heads have more rows, and some have holes: no text stands for those
+        self.num_words, holes = check_vocabulary(tokenizer, len(self.head.weight), self.end_ids)
+        self.holes = torch.tensor([], dtype=torch.long, device=self.device)
+
         window = getattr(base.config, "sliding_window", None)  # our masks do not slide
         wanted = min(config.context or sizes.context, base.config.max_position_embeddings,
                      window or 2 ** 31)
@@ -65,16 +72,10 @@ class Policy:
             raise UsageError(f"a context of {self.context} tokens has no room for a turn of "
                              f"{self.turn_tokens}; see --context and --turn-tokens")
 
-        ends = base.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.end_ids = {*ends, tokenizer.eos_token_id, *self.codec.end_of_turn()} - {None}
-        # many heads have more rows, and some have holes: no text stands for those
-        self.num_words, holes = check_vocabulary(tokenizer, len(self.head.weight), self.end_ids)
         # only a token with one of these characters can complete an action or fake an observation
         words = tokenizer.batch_decode([[i] for i in range(self.num_words)])
         self.may_end = [i in self.end_ids or "]" in word or ":" in word
                         for i, word in enumerate(words)]
-        self.holes = torch.tensor([], dtype=torch.long, device=self.device)
         check_logits(self)
         self.holes = torch.tensor(holes, dtype=torch.long, device=self.device)
         self.plan = plan_memory(self)

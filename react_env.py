@@ -197,7 +197,7 @@ class Action(NamedTuple):
 
 _ACTION = re.compile(r"([Ss]earch|[Ll]ookup|[Ff]inish)\[(.*)\]", re.DOTALL)
 # Models write marks of emphasis and of lists around a word. Few: the time must stay bounded.
-_MARKS = r"[^\w\n\[\]:]{0,8}"
+_MARKS = r"[ \t*_`#>~.\-\"'()]{0,8}"
 _MARKER = re.compile(rf"^{_MARKS}Action{_MARKS}\d*{_MARKS}:{_MARKS}", re.MULTILINE | re.IGNORECASE)
 _STOP = re.compile(rf"[][]|\n{_MARKS}Observation{_MARKS}\d*{_MARKS}:", re.IGNORECASE)
 

@@ -57,7 +57,7 @@ def load_model(name, four_bit, device, seed):
             use_safetensors=True, output_loading_info=True, attn_implementation="packed",
             device_map={"": device}, **local)
     except Exception:
-        model_class = AutoModelForCausalLM._model_mapping.get(type(shape))
+        model_class = AutoModelForCausalLM._model_mapping.get(type(shape), None)
         if getattr(model_class, "_supports_attention_backend", True):
             raise
         raise UsageError("transformers does not let its attention be replaced") from None
@@ -126,17 +126,19 @@ def check_vocabulary(tokenizer, num_rows, end_ids):
 
 
 def steady_context(policy, context):
-    """The context, halved until a far position leaves the hidden states at near ones as they are.
-    Some encodings of positions (longrope) are others in a long pass: a path would depend on how
-    long its neighbours are."""
-    def hidden(*places):
+    """The context, halved until a far position leaves the logits at near ones as they are. Some
+    encodings of positions (longrope) are others in a long pass: a path would depend on how long
+    its neighbours are."""
+    def logits(*places):
         places = torch.tensor([places], device=policy.device)
-        return policy.body(input_ids=places % 3, position_ids=places,
-                           use_cache=False).last_hidden_state[0, :2].float()
+        return policy.logits(policy.body(input_ids=places % policy.num_words, position_ids=places,
+                                         use_cache=False).last_hidden_state[0, :32]).float()
 
     with policy.sampling():
-        alone = hidden(0, 1)
-        while context > 2 and not hidden(0, 1, context - 1).allclose(alone, 0.01, 0.01):
+        near = range(min(32, context // 2))
+        alone = logits(*near)
+        most = (0.001 if policy.head.weight.dtype == torch.float32 else 0.05) * alone.std()
+        while context > 64 and (logits(*near, context - 1) - alone).square().mean().sqrt() > most:
             context //= 2
     return context
 

@@ -1,7 +1,6 @@
 """Text and ids: what comes from data stays plain text, and prompts are rendered once."""
 import json
 import re
-from datetime import datetime
 
 from tokenizers import Tokenizer
 
@@ -9,8 +8,9 @@ from engine.errors import UsageError, first_line
 from react_env import Question, observation_text, prompt_text
 
 SLOT = Question("", "{the question}", (), "", 0)  # stands for any question in a prompt
-DAY = datetime(2024, 7, 26)  # in prompts: a date of today would change them from day to day
-OPEN_TAG = re.compile(r"<([^<>/\s]+)>\s*$")
+DAY = "26 Jul 2024"  # in prompts: a date of today would change them from day to day
+NOT_NOW = "{%- macro strftime_now(format) -%}" + DAY + "{%- endmacro -%}"
+OPEN_TAG = re.compile(r"<(\w+)>\s*$")
 
 
 class Codec:
@@ -89,8 +89,8 @@ class Codec:
         try:
             return self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt,
-                enable_thinking=False, date_string=DAY.strftime("%d %b %Y"),
-                strftime_now=DAY.strftime)
+                enable_thinking=False, date_string=DAY,
+                chat_template=NOT_NOW + self.tokenizer.get_chat_template())
         except Exception as error:
             raise UsageError(f"the chat template fails: {first_line(error)}") from None
 
