@@ -7,7 +7,7 @@ run again. results/PROTOCOL.md says what decides.
 
 `made_with` is a hash of the dials that are not at their default, the weights and the world. Rows
 that were made with others are left out: what they stood for is "not run". The hash does not know
-the code: after a change that moves the numbers, delete the file.
+the code, nor the defaults: after a change of them that moves the numbers, delete the file.
 """
 import fcntl
 import json
