@@ -33,7 +33,7 @@ SHOWN_SENTENCES = 5  # of a page, by Search; what stands later needs Lookup
 MAX_ECHO = 200  # characters of an action that an observation repeats and BM25 sees
 MAX_MATCH = 1000  # characters; HTML entities in a longer title are left as they are
 TITLE_WEIGHT = 5.0  # a word of the title counts for more than the same word in a text
-CLOSED_ANSWERS = (["yes"], ["no"], ["noanswer"])
+CLOSED_ANSWERS = (["yes"], ["no"], ["noanswer"])  # these are right or wrong, never half
 
 
 # ---------------------------------------------------------------- metrics, questions
@@ -132,11 +132,11 @@ class Wiki:
                 text = (" " + text[0], *text[1:])
             self.pages[title] = (page or ()) + text
         self.titles = list(self.pages)
-        self._titles = {}  # form: title
+        self._title_of = {}  # form: title
         forms = [_forms(title) for title in self.titles]
         for level in range(4):  # the exact forms of all titles come before loose ones
             for title, form in zip(self.titles, forms):
-                self._titles.setdefault(form[level], title)
+                self._title_of.setdefault(form[level], title)
 
     def __len__(self):
         return len(self.titles)
@@ -144,8 +144,8 @@ class Wiki:
     def find(self, title):
         """The article's own title, an exact hit before a loose one, or None."""
         for form in _forms(title):
-            if form in self._titles:
-                return self._titles[form]
+            if form in self._title_of:
+                return self._title_of[form]
         return None
 
     def sentences(self, title):

@@ -1,4 +1,6 @@
 """The making of the tiny policy: its tokenizer, its wiring, its faults. No training here."""
+import hashlib
+import itertools
 import random
 
 import pytest
@@ -6,7 +8,14 @@ import torch
 
 from react_env import ReActEnv
 from world.toy import make_questions, make_world, never, oracle, run_agent
-from world.warm_start import FAULTS, as_llama, flawed, make_model, make_tokenizer
+from world.warm_start import (
+    FAULTS,
+    as_llama,
+    demonstrations,
+    flawed,
+    make_model,
+    make_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +26,7 @@ def model():
 
 def test_a_name_has_the_same_tokens_everywhere():
     tokenizer = make_tokenizer(num_texts=300)
-    for name in ("Belkan", "Zelvor", "Ada Mirsal", "The Silver Bridge", "Kanrelia"):
+    for name in ("Belkan", "Ada Mirsal", "The Silver Bridge", "Kanrelia"):
         alone = tokenizer.tokenize(name)
         for before in (" ", "[", "by "):
             assert tokenizer.tokenize(f"{before}{name}.")[-len(alone) - 1:-1] == alone
@@ -34,10 +43,9 @@ def test_wired_heads_copy(model):
     once = torch.randperm(model.config.vocab_size, generator=generator)[:40]
     ids = torch.cat([once, once])[None]
     with torch.no_grad():
-        out = model(ids, output_attentions=True)
+        attention = model(ids, output_attentions=True).attentions[1]
     places = torch.arange(41, 79)  # the second time; what followed the first stands 39 before
-    followed = out.attentions[1][0, :, places, places - 39]
-    assert followed.mean(1).max() > 10 / 60
+    assert attention[0, :, places, places - 39].mean(1).max() > 10 / 60
 
 
 def test_as_llama_is_the_same_function(model):
@@ -47,26 +55,22 @@ def test_as_llama_is_the_same_function(model):
         assert torch.equal(as_llama(model).eval()(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["confuse", *FAULTS])
 def test_every_fault_makes_wrong_answers(fault):
     """A demonstrator with this fault alone fails somewhere; without any it never does. (A wrong
     first choice is repaired unless nothing is checked, so those two come together.)"""
     world = make_world(200, 0)
     env, questions = ReActEnv(world.wiki, max_turns=8), make_questions(world, 100, max_hops=3)
-    together = {fault, "no_check"} if fault == "first_choice" else {fault}
-    if fault == "no_check":
-        together.add("first_choice")
+    choices = ("first_choice", "no_check")
+    together = choices if fault in choices else (fault,)
 
     def solved(slip):
         return sum(run_agent(env, q, oracle(q, slip))[0].reward for q in questions)
     assert solved(never) == 100
-    assert solved(lambda name, **_: name in together) < 100
+    assert solved(lambda name, relation=None: name in together) < 100
 
 
-def test_flawed_slips_at_the_rates_of_faults():
-    slip = flawed(random.Random(0))
-    for fault, rate in FAULTS.items():
-        for relation, rate in rate.items() if isinstance(rate, dict) else [(None, rate)]:
-            often = sum(slip(fault, relation=relation) for _ in range(2000)) / 2000
-            assert abs(often - rate) < 0.05
-    assert not any(slip("confuse", relation="port") for _ in range(100))
+def test_the_flawed_demonstrations_are_those_that_tiny_was_taught_by():
+    """Guards the order of the random draws, and what the oracle says where it slips."""
+    taught = list(itertools.islice(demonstrations(3, flawed(random.Random(3))), 400))
+    assert hashlib.sha256(repr(taught).encode()).hexdigest()[:16] == "5928f3fc948e307d"

@@ -3,7 +3,7 @@ import json
 import re
 from pathlib import Path
 
-from engine.errors import UsageError, first_line
+from engine.errors import UsageError
 from engine.files import write_aside
 from react_env import Question, Wiki
 
@@ -30,11 +30,11 @@ def load_questions(path):
     unanswerable has none either, and is of kind "unanswerable".
     """
     records = _records(path)
-    fields = records[0] if isinstance(records[0], dict) else ()
+    fields = set(records[0]) if isinstance(records[0], dict) else set()
     rules, shape = "hotpot", HOTPOT
-    if "paragraphs" in fields:
+    if fields & {"paragraphs", "question_decomposition"}:
         rules, shape = "musique", MUSIQUE
-    elif "evidences" in fields:
+    elif fields & {"evidences", "entity_ids"}:
         rules = "2wiki"
     aliases = _read_aliases(Path(path).with_name("id_aliases.json")) if rules == "2wiki" else {}
     questions, articles = [], []
@@ -84,7 +84,8 @@ def _records(path):
             where = f"{path}: record {len(records) + 1}"
             records.append(_unfold(record if is_list else json.loads(record)))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8
-        raise UsageError(f"{where}: {first_line(error)}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{where}: {reason}") from None
     if not records:
         raise UsageError(f"{path}: no questions")
     return records
