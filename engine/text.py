@@ -10,6 +10,9 @@ from react_env import Question, observation_text, prompt_text
 SLOT = Question("", "{the question}", (), "", 0)  # stands for any question in a prompt
 DAY = "26 Jul 2024"  # in prompts: a date of today would change them from day to day
 NOT_NOW = "{%- macro strftime_now(format) -%}" + DAY + "{%- endmacro -%}"
+PREFIXES = {  # what puts a space before a text, in the parts of a tokenizer, as JSON
+    r'"prepend": "[^"]*"': '"prepend": ""', r'"prepend_scheme": "\w+"': '"prepend_scheme": "never"',
+    '"add_prefix_space": true': '"add_prefix_space": false'}
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")
 
 
@@ -19,9 +22,12 @@ class Codec:
 
     def __init__(self, tokenizer):
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
-        parts.update(post_processor=None, truncation=None, padding=None)
         for name in ("normalizer", "pre_tokenizer"):
-            parts[name] = without_prefix(parts[name])
+            part = json.dumps(parts[name])
+            for put, nothing in PREFIXES.items():
+                part = re.sub(put, nothing, part)
+            parts[name] = json.loads(part)
+        parts["post_processor"] = None
         self.tokenizer = tokenizer
         self.template = Tokenizer.from_str(json.dumps(parts))  # of a chat template's own words
         self.plain = Tokenizer.from_str(json.dumps(parts | {"added_tokens": []}))  # of data
@@ -93,17 +99,3 @@ class Codec:
                 chat_template=NOT_NOW + self.tokenizer.get_chat_template())
         except Exception as error:
             raise UsageError(f"the chat template fails: {first_line(error)}") from None
-
-
-def without_prefix(part):
-    """A normalizer or pre-tokenizer, as JSON, that puts nothing before a text."""
-    if isinstance(part, list):
-        kept = [without_prefix(item) for item in part]
-        return [item for item in kept if item is not None]
-    if not isinstance(part, dict):
-        return part
-    if part.get("type") == "Prepend":
-        return None
-    kept = {name: without_prefix(value) for name, value in part.items()}
-    never = {"prepend_scheme": "never", "add_prefix_space": False}
-    return {name: never.get(name, value) for name, value in kept.items()}

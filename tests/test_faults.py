@@ -1,22 +1,19 @@
-"""What outsiders ran into elsewhere, tried here: questions, models and tokenizers as people have them."""
+"""What outsiders ran into elsewhere: questions, models and tokenizers as people have them."""
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from conftest import SHARED, assert_refused, both_logprobs, make_model
-from small_models import make_tokenizer
+from conftest import SHARED, assert_refused, make_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
+                          PreTrainedTokenizerFast)
 
 from engine.errors import UsageError
 from policy import load_policy
 from react_env import FEW_SHOT, Question, ReActEnv, Wiki, parse_action, split_completion
 from trace_mini import Config, main
-from tree import Node
 from world.files import load_questions
-from world.questions import load_data
 
 FAULTS = SHARED.parent / "faults"
 SMALL = ["--method", "grpo", "--budget", "300", "--eval-questions", "5"]
@@ -60,7 +57,6 @@ def test_a_context_ends_where_the_encoding_of_positions_changes(tmp_path):
     ("gemma3", "more than text")])
 def test_why_a_model_cannot_be_used_is_said_in_words(tmp_path, kind, why):
     make_model(tmp_path, "llama")
-    from transformers import AutoConfig
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=why) as error:
         load_policy(Config(model=str(tmp_path), four_bit=True))
@@ -126,10 +122,10 @@ def test_pieces_of_a_transcript_join_as_they_are_written(tmp_path, before):
             bpe.decoder = decoders.ByteLevel()
         else:
             bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=before, split=False)
-        alphabet = pre_tokenizers.ByteLevel.alphabet() + [f"<0x{i:02X}>" for i in range(256)]
+        bytes_ = [f"<0x{i:02X}>" for i in range(256)] if before != "prefix_space" else []
         bpe.train_from_iterator([FEW_SHOT], trainers.BpeTrainer(
-            vocab_size=700, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=[f"<0x{i:02X}>" for i in range(256)] if before != "prefix_space" else []))
+            vocab_size=700, show_progress=False, special_tokens=bytes_,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         tokenizer._tokenizer = bpe
     policy = of_model(tmp_path, change=change, vocab_size=1200)
     pieces = ["x", "\nThought:", " I look.\nAction: Search[A]", "\nObservation: B."]
@@ -169,8 +165,8 @@ def test_a_tag_that_the_template_leaves_open_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "I look.\n**Action:** Search[A]", "I look.\nAction : Search[A]", "I look.\n- ACTION 2: Search[A]",
-    "I look.\n__Action__: `Search[A]`"])
+    "I look.\n**Action:** Search[A]", "I look.\nAction : Search[A]",
+    "I look.\n- ACTION 2: Search[A]", "I look.\n__Action__: `Search[A]`"])
 def test_the_marker_of_an_action_is_read_as_by_a_reader(text):
     thought, action = split_completion(text)
     assert thought == "I look." and parse_action(action) == ("search", "A")
@@ -185,7 +181,8 @@ def test_an_answer_that_is_nothing_earns_nothing():
 
 
 @pytest.mark.parametrize("file, said", [
-    ("one-overlong.json", "1 questions are too long"), ("musique-full.jsonl", "20 questions have no"),
+    ("one-overlong.json", "1 questions are too long"),
+    ("musique-full.jsonl", "20 questions have no"),
     ("hub-hotpot.json", ""), ("hub-2wiki.jsonl", "")])
 def test_records_that_cannot_be_used_end_no_run(faults, tmp_path, capsys, file, said):
     assert main(["--data", str(faults / file), "--steps", "1", "--out", str(tmp_path / "run"),

@@ -37,12 +37,11 @@ class Data(NamedTuple):
         def fits(question):
             return policy.root(question, self.env).length + policy.turn_tokens <= policy.context
         train, held_out = list(filter(fits, self.train)), list(filter(fits, self.eval))
-        num_long = len(self.train) + len(self.eval) - len(train) - len(held_out)
         if not train or not held_out:
-            raise UsageError(f"{num_long} questions leave no room for a turn in a context of "
-                             f"{policy.context} tokens; see --context and --turn-tokens")
-        notice = f"\n{num_long} questions are too long and left out" if num_long else ""
-        return self._replace(train=train, eval=held_out, notice=self.notice + notice)
+            raise UsageError(f"in a context of {policy.context} tokens, too few questions leave "
+                             "room for a turn; see --context and --turn-tokens")
+        return self._replace(train=train, eval=held_out, notice=self.notice + left_out(
+            self.train + self.eval, train + held_out, "are too long"))
 
 
 def load_data(config):
@@ -79,14 +78,18 @@ def load_file(file, everything):
     if not everything:
         questions = [q for q in questions if q.text.strip() and any(
             normalize_answer(answer) for answer in q.answers)]
-    num_out = len(found) - len(questions)
-    notice = f"\n{file}: {num_out} questions have no answer and are left out" if num_out else ""
     if not questions:
         raise UsageError(f"{file}: no question that has an answer")
     id, num = Counter(question.id for question in questions).most_common(1)[0]
     if num > 1:
         raise UsageError(f"{file}: {num} questions have the id {id}")
-    return questions, ReActEnv(wiki, MAX_TURNS), notice
+    return questions, ReActEnv(wiki, MAX_TURNS), left_out(found, questions, "have no answer")
+
+
+def left_out(all_of_them, kept, why):
+    """A line that says how many are not kept, "" where all are."""
+    num = len(all_of_them) - len(kept)
+    return f"\n{num} questions {why} and are left out" if num else ""
 
 
 def is_held_out(question):
