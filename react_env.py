@@ -359,8 +359,3 @@ class ReActEnv:
         if page is None:
             return []
         return [s for s in self.wiki.sentences(page) if s.strip()]
-
-    def step_batch(self, episodes, actions):
-        """`step` on each pair; equal lengths, or ValueError."""
-        pairs = zip(episodes, actions, strict=True)
-        return [self.step(episode, action) for episode, action in pairs]
