@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 import engine.attention  # noqa: F401  (registers the attention named "packed")
 from engine.errors import UsageError, first_line
+from engine.examples import FEW_SHOT
 from react_env import Question, prompt_text
 from tree import Node
 
@@ -158,7 +159,7 @@ def prompt_ids(tokenizer, few_shot, chat):
 
     With `chat` all stands in one user turn (some templates, Gemma's, refuse a system role), and
     the assistant's turn begins with "Thought:". What follows is appended as ids, turn by turn."""
-    text, start = prompt_text(SLOT, few_shot), []
+    text, start = (FEW_SHOT if few_shot else "") + prompt_text(SLOT), []
     if chat:
         said, thought = text.rsplit("\n", 1)
         text = render(tokenizer, add_generation_prompt=True, user=said) + thought

@@ -18,7 +18,8 @@ from engine.loading import QUIET, compute_dtype
 from engine.memory import describe_memory, free_bytes
 from engine.runs import save_adapter
 from policy import load_policy
-from react_env import FEW_SHOT, Question, ReActEnv, Wiki
+from engine.examples import FEW_SHOT
+from react_env import Question, ReActEnv, Wiki
 from rollout import Rollout, ended, grow, observation_ids
 from trace_mini import HERE, Config
 from tree import nodes, path_ids, prefixes
