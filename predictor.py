@@ -79,8 +79,8 @@ class HeadPredictor(Predictor):
 
     def predict(self, features):
         with torch.no_grad():
-            probability = torch.sigmoid(self.network(self.inputs(features))[:, 0]).numpy()
-        return np.clip(probability.astype(float), CLIP, 1 - CLIP)
+            probability = torch.sigmoid(self.network(self.inputs(features))[:, 0])
+        return np.clip(probability.double().numpy(), CLIP, 1 - CLIP)
 
     def loss(self, inputs, targets, weights):
         """Weighted mean squared error."""

@@ -149,8 +149,8 @@ class State(NamedTuple):
 # ---------------------------------------------------------------- the loop
 def train_step(config, state, policy, predictor, data):
     """One step of TRACE -> (trees, metrics). The numbers are those of the method's steps."""
-    lap, step, key = LapTimer(), state.schedule.step, (config.seed, state.schedule.step)
-    rng = np.random.default_rng([config.seed, 2, step])
+    lap, step = LapTimer(), state.schedule.step
+    key, rng = (config.seed, step), np.random.default_rng([config.seed, 2, step])
 
     # 1. Draw a candidate pool of prompts, more than the budget can roll out.
     num_bare = state.schedule.num_bare()
@@ -220,9 +220,9 @@ def draw_pool(config, state, policy, data, num_bare):
 # ---------------------------------------------------------------- evaluation
 def evaluate(policy, env, questions, progress=None, first=None):
     """Greedy episodes -> {tokens (sampled, per episode), predictions} and what `summarise` says."""
-    scores, predictions, tokens, size = {}, {}, 0, policy.num_live
-    for i in range(0, len(questions), size):
-        roots = [policy.root(question, env) for question in questions[i:i + size]]
+    scores, predictions, tokens = {}, {}, 0
+    for i in range(0, len(questions), policy.num_live):
+        roots = [policy.root(question, env) for question in questions[i:i + policy.num_live]]
         for leaf in grow(policy, env, roots, [1] * len(roots), greedy=True):
             question = leaf.state.question
             predictions[question.id] = leaf.state.prediction or ""
@@ -230,8 +230,8 @@ def evaluate(policy, env, questions, progress=None, first=None):
         tokens += sum(map(sampled_tokens, roots))
         if progress:
             progress(len(roots))
-    return {**summarise(questions, scores, first), "tokens": tokens / len(questions),
-            "predictions": predictions}
+    return summarise(questions, scores, first) | {"tokens": tokens / len(questions),
+                                                  "predictions": predictions}
 
 
 def score(policy, env, questions, folder, first=None):

@@ -5,6 +5,7 @@ import re
 from tokenizers import Tokenizer
 
 from engine.errors import UsageError, first_line
+from engine.examples import FEW_SHOT
 from react_env import Question, observation_text, prompt_text
 
 SLOT = Question("", "{the question}", (), "", 0)  # stands for any question in a prompt
@@ -65,7 +66,7 @@ class Codec:
 
         With `chat` all stands in one user turn (some templates, Gemma's, refuse a system role),
         and the assistant's turn begins with "Thought:"."""
-        text, start, notice = prompt_text(SLOT, few_shot), [], ""
+        text, start, notice = (FEW_SHOT if few_shot else "") + prompt_text(SLOT), [], ""
         if chat:
             said, thought = text.rsplit("\n", 1)
             text = self.render(add_generation_prompt=True, user=said)

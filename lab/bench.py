@@ -1,363 +1,223 @@
 """Speed and memory, measured side by side in one run: python -m lab.bench
 
 Machines are noisy, so nothing here is a pass or a fail. A row that has an alternative times
-both in turn, A B A B ..., and gives the median of the pairwise ratios with their range; a
-ratio above 1 means that ours is faster or smaller. All rows go to results/bench.json.
+both in turn, A B A B ..., and gives the median of the pairwise ratios with their range. A ratio
+above 1 means that ours is faster or smaller. All rows go to results/bench.json.
+
+Where there is an NVIDIA GPU, the part `cards` says what fits on one of 6 to 24 GiB: PyTorch's
+memory is capped to what such a card leaves to it. Nothing is downloaded: the models have the
+shapes of Qwen2.5 and random weights (those of 7B take 16 GB of memory, then of disk). Their
+tokens per second are real, what they write is not.
 """
-import argparse
-import difflib
 import json
-import multiprocessing
-import statistics
+import sys
 import tempfile
 import time
-import tracemalloc
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
+from itertools import chain
+from multiprocessing import get_context
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import trace_mini
-from allocator import allocate_roots, expand_prefixes, flip_prob
-from engine.runs import State, trim_memory, write_json
+from allocator import allocate_roots
+from engine.command_line import Parser, run_main
+from engine.errors import UsageError
+from engine.files import write_json
 from lab.alternatives import (
-    by_paths,
-    credits_of,
+    by_path,
     peak_megabytes,
-    plain_prefixes,
     plain_react,
     plain_roots,
+    still_policy,
     trl_steps,
 )
-from policy import load_policy
 from predictor import PREDICTORS
-from rollout import forget_caches, grow
-from trace_mini import Config, train_step
-from tree import Node, leaves, nodes, path, path_ids, prefixes, sampled_tokens
-from world.files import load_questions
-from world.questions import load_data
-from world.toy import make_world
+from rollout import grow
+from trace_mini import HERE, State, train_step
+from tree import Node, nodes, path_ids, prefixes, sampled_tokens
 
 REPEATS = 5
-GROWTH = {"budget": (3000, 12_000, 48_000), "pool_size": (64, 256, 1024), "max_turns": (4, 8, 16),
-          "articles": (1000, 10_000, 100_000)}
+LIVE = (16, 64, 256)    # episodes that are sampled at once
+CARDS = (24, 12, 8, 6)  # GiB
+TAKEN = 0.6             # GiB of a card that CUDA itself and a desktop take, about
+NUM_WORDS = 151_936     # of Qwen2.5
+SHAPES = {  # width, width of the MLP, layers, heads, key-value heads, are words tied?
+    "0.5B": (896, 4864, 24, 14, 2, True),
+    "1.5B": (1536, 8960, 28, 12, 2, True),
+    "3B": (2048, 11008, 36, 16, 2, True),
+    "7B": (3584, 18944, 28, 28, 4)}
 
 
-def measure(function, unit, per):
-    """Seconds / per, or, where the unit is a rate, what the function returns per second."""
-    start = time.perf_counter()
-    done = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elapsed = time.perf_counter() - start
-    return done / elapsed if unit.endswith("/s") else elapsed / per
-
-
-def row_of(name, unit, ours, other=()):
-    """One row: the medians of what was measured in turn, and of the pairwise ratios."""
-    row = {"name": name, "ours": statistics.median(ours), "other": None, "unit": unit,
-           "ratio": None, "spread": None}
-    if other:
-        ratios = sorted(a / b if unit.endswith("/s") else b / a for a, b in zip(ours, other))
-        row.update(other=statistics.median(other), ratio=statistics.median(ratios),
-                   spread=[ratios[0], ratios[-1]])
+# ---------------------------------------------------------------- rows
+def row_of(name, unit, measured):
+    """A row from what was measured [1 or 2, repeats]: ours, and the other's."""
+    ours, *others = np.array(measured)
+    row = {"name": name, "ours": np.median(ours), "other": None, "unit": unit, "ratio": None,
+           "spread": None}
+    for other in others:
+        ratios = ours / other if unit == "tok/s" else other / ours
+        row.update(other=np.median(other), ratio=np.median(ratios),
+                   spread=[ratios.min(), ratios.max()])
     return row
 
 
-def compare(name, unit, ours, other=None, per=1.0, repeats=0):
-    """A row from two functions, taken in turn."""
-    functions = [ours, other] if other else [ours]
-    return row_of(name, unit, *zip(*([measure(function, unit, per) for function in functions]
-                                     for _ in range(repeats or REPEATS))))
+def compare(name, unit, work, *choices):
+    """A row from work(choice), for both choices in turn: seconds, or the tokens that it returns per
+    second. On a GPU too: all work ends by asking it for a number."""
+    measured = []
+    for _ in range(REPEATS):
+        for choice in choices:
+            start = time.perf_counter()
+            tokens = work(choice)
+            seconds = time.perf_counter() - start
+            measured.append(tokens / seconds if unit == "tok/s" else seconds)
+    return row_of(name, unit, np.reshape(measured, (REPEATS, 2)).T)
 
 
-def megabytes(function):
-    """-> (result, memory that Python objects and NumPy arrays still hold after the call)."""
-    tracemalloc.start()
-    result = function()
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    return result, held / 1e6
+def alone(function, *arguments):
+    """What the function returns, called in a process of its own, with memory of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
-# ---------------------------------------------------------------- without a model
-def environment(num_articles):
-    """The toy wiki and the loaders at `num_articles` articles."""
-    yield compare(f"generate a wiki of {num_articles:,} articles", "s",
-                  lambda: make_world(num_articles, 1))
-    world, held = megabytes(lambda: make_world(num_articles, 1))
-    yield row_of("memory of that wiki", "MB", [held])
-    titles = world.wiki.titles[:: max(1, num_articles // 1000)]
-    yield compare("search an exact title (other: a scan of all titles)", "ms",
-                  lambda: [world.wiki.find(t) for t in titles],
-                  lambda: [next(x for x in world.wiki.titles if x == t) for t in titles],
-                  per=len(titles) / 1e3)
-    yield compare("first missed title: builds the index", "s",
-                  lambda: world.wiki.similar("Belkan"), repeats=1)
-    missed = [title.split(" ")[-1] + " Belkan" for title in titles[::100]]
-    yield compare("similar titles of a missed one (other: difflib on all titles)", "ms",
-                  lambda: [world.wiki.similar(t) for t in missed],
-                  lambda: [difflib.get_close_matches(t, world.wiki.titles, 5) for t in missed],
-                  per=len(missed) / 1e3)
-    paragraphs = [[title, list(world.wiki.sentences(title))] for title in world.wiki.titles]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "hotpot.json"
-        file.write_text(json.dumps([
-            {"_id": str(i), "question": "?", "answer": "a", "type": "bridge", "level": "easy",
-             "supporting_facts": [], "context": paragraphs[i:i + 10]}
-            for i in range(0, len(paragraphs), 10)]))
-        yield compare(f"load a HotpotQA file of {len(paragraphs):,} paragraphs", "s",
-                      lambda: load_questions(file))
-        _, held = megabytes(lambda: load_questions(file))
-    yield row_of("memory of its questions and wiki", "MB", [held])
+# ---------------------------------------------------------------- parts of a step
+def allocation(dials):
+    """The exact solver of stage 1 against the same in plain Python; that of stage 2 is plain."""
+    v = np.random.default_rng(0).random(1024)
+    yield compare("allocate 4,096 rollouts to 1,024 roots (other: plain Python)", "s",
+                  lambda solve: solve(v, 4096, 16), allocate_roots, plain_roots)
 
 
-def allocation(num_roots, num_prefixes):
-    """The exact solvers against the same in plain Python."""
-    rng = np.random.default_rng(0)
-    v, budget = rng.random(num_roots), 4 * num_roots
-    yield compare(f"allocate {budget:,} rollouts to {num_roots:,} roots (other: plain Python)",
-                  "s", lambda: allocate_roots(v, budget, 16), lambda: plain_roots(v, budget, 16))
-    chances, r = rng.random(num_prefixes), rng.integers(2, size=num_prefixes)
-    yield compare(f"expand {num_prefixes:,} prefixes (other: a heap in plain Python)", "s",
-                  lambda: expand_prefixes(chances, r, num_prefixes), lambda: plain_prefixes(
-                      flip_prob(chances, r, 1).tolist(), num_prefixes))
+def engine(dials):
+    """Sampling, continuing, updating."""
+    policy, data = still_policy(dials)
 
+    def new_roots(num):
+        return [policy.root(question, data.env) for question in data.train[:num]]
 
-# ---------------------------------------------------------------- the engine
-def trees_with_shared(policy, env, questions, share):
-    """Trees in which about `share` of the tokens of all paths are shared: the more, the more
-    continuations start from a place at `share` of the path."""
-    roots = [policy.root(q, env) for q in questions]
-    leaves_ = grow(policy, env, roots, [2] * len(roots), (0, 0))
-    anchors = [min(path(leaf)[1:-1], key=lambda n, leaf=leaf: abs(n.length / leaf.length - share))
-               for leaf in leaves_ if leaf.depth > 1]
-    grow(policy, env, anchors, [round(3 / (1 - share))] * len(anchors), (0, 1))
-    return roots
-
-
-def shared_part(roots):
-    """Of the tokens of all paths, the share that is not computed again where trees are packed."""
-    own = sum(len(n.ids) for root in roots for n in nodes(root))
-    return 1 - own / sum(leaf.length for root in roots for leaf in leaves(root))
-
-
-def engine(policy, data, live=(64, 256), num_trees=16):
-    """Rows 1 to 3: sampling, continuing, updating (at learning rate 0: the trees stay typical)."""
-    def sampled(questions):
-        roots = [policy.root(q, data.env) for q in questions]
-        grow(policy, data.env, roots, [1] * len(roots), (time.perf_counter_ns(), 0))
+    def sample(play, roots):
+        """An episode from each root -> sampled tokens."""
+        play(policy, data.env, roots, [1] * len(roots))
         return sum(map(sampled_tokens, roots))
 
-    for num in live:
-        yield compare(
-            f"sample, {num} live episodes (other: generate on the full history)", "tok/s",
-            lambda: sampled(data.train[:num]), lambda: sum(
-                sum(mask) for _, mask, _ in plain_react(policy, data.env, data.train[:num])))
-    roots = [policy.root(q, data.env) for q in data.train[:live[0]]]
-    grow(policy, data.env, roots, [2] * len(roots), (0, 0))
-    anchors = [node for root in roots for node, _ in prefixes(root)]
-
-    def continued(cached):
-        copies = [Node(path_ids(a), 0, a.state, hidden=a.hidden if cached else None,
-                       cache=a.cache if cached else None) for a in anchors]
-        grow(policy, data.env, copies, [1] * len(copies), (time.perf_counter_ns(), 0))
-        return sum(map(sampled_tokens, copies))
-    yield compare("continue from prefixes, forked (other: prefilled again)", "tok/s",
-                  lambda: continued(True), lambda: continued(False))
-    forget_caches(roots)
-    default = Steps(policy, data)
-    default.run()
-    for trees in (default.trees, *(trees_with_shared(
-            policy, data.env, data.train[:num_trees], share) for share in (0.3, 0.6, 0.9))):
-        packed, credits = (policy.micro_batches, policy.logprobs), credits_of(trees)
-
-        def update(parts):
-            policy.micro_batches, policy.logprobs = parts
-            policy.update(credits)
-            policy.micro_batches, policy.logprobs = packed
-        name = "update of a default step," if trees is default.trees else "update,"
-        yield compare(f"{name} {100 * shared_part(trees):.0f} % of the tokens shared (other: path "
-                      "by path)", "s", lambda: update(packed), lambda: update(by_paths(policy)))
+    def proceed(forked):
+        """An episode from a copy of each anchor: these stay as they are."""
+        return sample(grow, [Node(path_ids(node), 0, node.state, hidden=node.hidden,
+                                  cache=node.cache if forked else None) for node in anchors])
+    for num in LIVE:
+        yield compare(f"sample, {num} live episodes (other: generate on the full history)",
+                      "tok/s", lambda play: sample(play, new_roots(num)), grow, plain_react)
+    roots = new_roots(LIVE[0])
+    grow(policy, data.env, roots, [2] * len(roots), keep=True)
+    anchors = [prefix.node for root in roots for prefix in prefixes(root)]
+    yield compare("continue from prefixes, forked (other: prefilled again)", "tok/s", proceed,
+                  True, False)
+    grow(policy, data.env, anchors, [4] * len(anchors))
+    _, trees, metrics = two_steps(policy, data)
+    yield update("update of a default step", policy, trees)
+    yield update("update", policy, roots)
+    times = {key: value for key, value in metrics.items() if key.startswith("time_")}
+    for part in ("predict", "allocate"):
+        share = 100 * times[f"time_{part}_s"] / sum(times.values())
+        yield row_of(f"share of a step: {part}", "%", [[share]])
 
 
-def gigaflops(policy, roots):
-    """10^9 floating-point operations of one forward pass over trees, each token once: two per
-    weight of a layer, 4 x width per layer and token that is attended to, two per weight of the
-    head for sampled tokens."""
-    weights = sum(m.in_features * m.out_features for m in policy.body.modules()
-                  if hasattr(m, "base_layer"))
-    shape, head = policy.body.config, policy.head.weight
-    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    attention = 4 * shape.num_hidden_layers * shape.num_attention_heads * size
-    turns = [n for root in roots for n in nodes(root)]
-    seen = sum(sum(range(n.length - len(n.ids) + 1, n.length + 1)) for n in turns)
-    return (2 * weights * sum(len(n.ids) for n in turns) + attention * seen
-            + 2 * head.numel() * sum(n.num_sampled for n in turns)) / 1e9
-
-
-def limit(policy, data, live=256, size=2048):
-    """Row 6: the operations of the tokens that had to be computed, per second, against what the
-    machine does in a plain matrix product. In the update a token costs a forward pass and as
-    much again backward: the base weights are frozen. Recomputation is not counted."""
-    left, right = (torch.randn(size, size, device=policy.device, dtype=policy.head.weight.dtype)
-                   for _ in range(2))
-    trees = []
-
-    def product():
-        for _ in range(4):
-            left @ right
-        return 4 * 2 * size ** 3 / 1e9
-
-    def sampled():
-        trees[:] = [policy.root(q, data.env) for q in data.train[:live]]
-        grow(policy, data.env, trees, [1] * live, (0, 0))
-        forget_caches(trees)
-        return gigaflops(policy, trees)
-
-    def updated():
-        policy.update(credits_of(trees))
-        return 2 * gigaflops(policy, trees)
-    for name, ours in (("sample", sampled), ("update", updated)):
-        yield compare(f"limit: {name} (other: a matrix product of {size})", "GF/s", ours, product)
+def update(name, policy, trees):
+    credits = [dict.fromkeys(nodes(root), 1.0) for root in trees]
+    turns = list(chain(*credits))
+    num_path_tokens = sum(node.length for node in turns if node.is_leaf)
+    shared = 100 - 100 * sum(len(node.ids) for node in turns) / num_path_tokens
+    return compare(f"{name}, {shared:.0f} % of the tokens shared (other: path by path)", "s",
+                   policy.update, credits, list(by_path(trees)))
 
 
 # ---------------------------------------------------------------- whole steps
-class Steps:
-    """Training steps one at a time: `run()` -> sampled tokens."""
-
-    def __init__(self, policy, data, **dials):
-        self.config = Config(**{"model": policy.config.model, "learning_rate": 0.0} | dials)
-        self.policy, self.data, self.state = policy, data or load_data(self.config), State()
-        self.predictor = PREDICTORS[self.config.predictor](policy, self.data.env)
-        self.state.first_cost(50.0, self.config.num_continuations)
-        self.metrics = []
-
-    def run(self):
-        self.trees, row = train_step(self.config, self.state, self.policy, self.predictor,
-                                     self.data)
-        trim_memory()
-        self.metrics.append(row)
-        return sum(map(sampled_tokens, self.trees))
+def two_steps(policy, data):
+    """-> (sampled tokens per second, trees and metrics of the second step)"""
+    state = State.begin(policy.config, data)
+    predictor = PREDICTORS["head"](policy, data.env, 0)
+    start = time.perf_counter()
+    for _ in range(2):
+        trees, metrics = train_step(policy.config, state, policy, predictor, data)
+    return metrics["sampled_tokens"] / (time.perf_counter() - start), trees, metrics
 
 
-def our_steps(pipe, dials, num_groups):
-    """Work of a process: for every message a step of TRACE; sends (sampled tokens, peak)."""
-    steps = Steps(load_policy(Config(learning_rate=0.0, **dials)), None, **dials)
-    while pipe.recv():
-        pipe.send((steps.run(), peak_megabytes()))
+def our_steps(dials, gib=0):
+    """-> (sampled tokens per second, peak in MB), in what a card of so many GiB leaves.
+    ValueError where that is more than all of the one here."""
+    if gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((gib - TAKEN) * 2 ** 30 / total)
+    return two_steps(*still_policy(dials))[0], peak_megabytes()
 
 
-def whole_step(num_groups=18, **dials):
-    """Row 4: a step from pool to update against TRL's GRPOTrainer on about as many sampled
-    tokens, each in a process of its own: memory does not mix."""
-    workers, name = [our_steps], "TRL's GRPOTrainer"
-    if find_spec("trl"):
-        workers.append(trl_steps)
-    else:
-        name += ", not run: pip install trl"
-    context, pipes, processes = multiprocessing.get_context("spawn"), [], []
-    for work in workers:
-        pipe, end = context.Pipe()
-        processes.append(context.Process(target=work, args=(end, dials, num_groups), daemon=True))
-        processes[-1].start()
-        end.close()  # so that a process that ends is noticed
-        pipes.append(pipe)
-
-    def step(pipe):
-        pipe.send(True)
-        return pipe.recv()
-    step(pipes[0])  # loading; and the first step's size is a guess
-    try:
-        for pipe in pipes[1:]:
-            step(pipe)
-    except (EOFError, OSError):  # it has said why
-        pipes, name = pipes[:1], name + ", which failed"
-    rates, peaks = [[] for _ in pipes], [[] for _ in pipes]
+def step(dials):
+    """Training steps against those of TRL on about as many sampled tokens."""
+    name, works = "TRL's GRPOTrainer", [our_steps, trl_steps]
+    if not find_spec("trl"):
+        name, works = "TRL's GRPOTrainer, not run: pip install trl", [our_steps]
+    measured = []
     for _ in range(REPEATS):
-        for pipe, rate, peak in zip(pipes, rates, peaks):
-            start = time.perf_counter()
-            tokens, most = step(pipe)
-            rate.append(tokens / (time.perf_counter() - start))
-            peak[:] = [most]
-    for pipe, process in zip(pipes, processes):
-        pipe.send(False)
-        process.join()
-    yield row_of(f"a training step (other: {name})", "tok/s", *rates)
-    yield row_of(f"its peak memory (other: {name})", "MB", *peaks)
+        measured.append([alone(work, dials) for work in works])
+    speed, memory = np.transpose(measured)
+    yield row_of(f"a training step (other: {name})", "tok/s", speed)
+    yield row_of(f"its peak memory (other: {name})", "MB", memory)
 
 
-def growth(policy, data, values=GROWTH):
-    """Row 5: sampled tokens per second of whole steps as one dial grows, against its first value;
-    and what predicting and allocating take of a step."""
-    for dial, numbers in values.items():
-        shared = data if dial in ("budget", "pool_size") else None
-        runs = [Steps(policy, shared, **{"budget": values["budget"][0], dial: number})
-                for number in numbers]
-        for run in runs:
-            run.run()  # the first step's size is a guess
-        rates = [[] for _ in runs]
-        for _ in range(REPEATS):
-            for run, rate in zip(runs, rates):
-                rate.append(measure(run.run, "tok/s", 1))
-        for number, rate in zip(numbers[1:], rates[1:]):
-            yield row_of(f"a training step, {dial} {number:,} (other: {numbers[0]:,})", "tok/s",
-                         rate, rates[0])
-        if dial == "budget":
-            yield from shares(runs[1])
+# ---------------------------------------------------------------- cards
+def make_model(folder, sizes):
+    """Random weights in 16 bits, and the embedded policy's tokenizer with its vocabulary filled
+    up by words that no text holds."""
+    config = LlamaConfig(vocab_size=NUM_WORDS, max_position_embeddings=32768, **dict(zip(
+        ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "tie_word_embeddings"), sizes)))
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "world" / "tiny")
+    tokenizer.add_tokens([f"<|{i}|>" for i in range(len(tokenizer), NUM_WORDS)])
+    tokenizer.save_pretrained(folder)
 
 
-def shares(run):
-    """Of whole steps: the pool's prefill, the predictor's head, the allocator, in %."""
-    prefill, total = trace_mini.prefill, {"prefill": 0.0, "step": 0.0}
+def cards(dials):
+    """Training steps in the memory that a card leaves; 0 tok/s where they do not fit."""
+    for shape, sizes in SHAPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            make_model(folder, sizes)
+            for gib in CARDS:
+                name = f"a training step of Qwen2.5 {shape} in NF4 on {gib} GiB"
+                case = dials | {"model": folder, "turn_tokens": 48}  # no turn ends before that
+                try:
+                    speed, _ = alone(our_steps, case, gib)
+                except (torch.OutOfMemoryError, UsageError) as error:
+                    if "memory" not in str(error):
+                        raise
+                    name, speed = f"{name}: does not fit", 0.0
+                except ValueError:  # the card here is smaller
+                    continue
+                yield row_of(name, "tok/s", [[speed]])
 
-    def timed(*args):
-        start = time.perf_counter()
-        prefill(*args)
-        total["prefill"] += time.perf_counter() - start
-    trace_mini.prefill, run.metrics = timed, []
-    for _ in range(REPEATS):
-        total["step"] += measure(run.run, "s", 1)
-    trace_mini.prefill = prefill
-    head, allocate = (sum(row[f"time_{name}_s"] for row in run.metrics)
-                      for name in ("predict", "allocate"))
-    for name, part in (("prefill of the pool", total["prefill"]),
-                       ("predictor's head", head - total["prefill"]), ("allocation", allocate)):
-        yield row_of(f"share of a step: {name}", "%", [100 * part / total["step"]])
+
+PARTS = {"allocation": allocation, "step": step}
+if torch.cuda.is_available():
+    PARTS["cards"] = cards
+PARTS["engine"] = engine  # last: from then on this process holds memory of the GPU
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--articles", type=int, default=100_000, help="size of the wiki")
-    parser.add_argument("--model", default="tiny", help="as in trace_mini.py")
-    parser.add_argument("--only", choices=PARTS, help="one part; needs --out")
-    parser.add_argument("--out", help="where the rows go [results/bench.json]")
+    parser = Parser(__doc__)
+    parser.add_argument("--model", default="tiny", help="as in trace_mini.py [%(default)s]")
+    parser.add_argument("--only", choices=PARTS, help="print the rows of one part, write nothing")
     args = parser.parse_args(arguments)
-    if args.only and not args.out:
-        parser.error("--only writes a part of the rows: name a file of its own with --out")
-    file, rows, shared = Path(args.out or "results/bench.json"), [], []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for name in [args.only] if args.only else PARTS:
-        if name in ("engine", "limit", "growth") and not shared:
-            config = Config(model=args.model, learning_rate=0.0)  # the policy stays what it is
-            shared = [load_policy(config), load_data(config)]
-        for row in PARTS[name](args, *shared):
+    rows = []
+    for part in [args.only] if args.only else PARTS:
+        for row in PARTS[part]({"model": args.model}):
+            print(json.dumps(row))
             rows.append(row)
-            other = "" if row["other"] is None else (
-                f"   other {row['other']:<8.3g} ratio {row['ratio']:.2f} "
-                f"({row['spread'][0]:.2f} to {row['spread'][1]:.2f})")
-            print(f"{row['name']:66s} {row['ours']:9.3g} {row['unit']:5s}{other}", flush=True)
-        write_json(file, rows)
-
-
-PARTS = {"environment": lambda args, *shared: environment(args.articles),
-         "allocation": lambda args, *shared: allocation(1024, 100_000),
-         "step": lambda args, *shared: whole_step(model=args.model),
-         "engine": lambda args, *shared: engine(*shared),
-         "limit": lambda args, *shared: limit(*shared),
-         "growth": lambda args, *shared: growth(*shared)}
+    if not args.only:
+        write_json(HERE / "results" / "bench.json", rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("lab.bench", main))

@@ -45,11 +45,11 @@ def tell(capsys):
 def fresh_policy(four_bit=True, **dials):
     """The tiny policy with LoRA matrices that are not zero, so that adapters matter."""
     policy = load_policy(Config(four_bit=four_bit, **dials))
-    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
     with torch.no_grad():
         for name, weight in policy.model.named_parameters():
             if "lora_B" in name:
-                weight.normal_(0, 0.01, generator=generator)
+                weight.normal_(0, 0.01)
     return policy
 
 
@@ -62,14 +62,19 @@ def expanded(policy, data, num=2):
     """Backed-up trees: three bare rollouts and a continuation of every prefix. Their rewards are
     set by hand, in turn: there is contrast whatever the policy can do."""
     roots = [policy.root(question, data.env) for question in data.train[:num]]
-    grow(policy, data.env, roots, [3] * num, (0, 0), keep=True)
+    grow(policy, data.env, roots, [3] * num, keep=True)
+    anchors = [prefix.node for root in roots for prefix in prefixes(root)]
+    grow(policy, data.env, anchors, [1] * len(anchors))
     for root in roots:
-        anchors = [prefix.node for prefix in prefixes(root)]
-        grow(policy, data.env, anchors, [1] * len(anchors), (0, 0))
         for i, leaf in enumerate(leaves(root)):
             leaf.state = replace(leaf.state, reward=float(i % 2))
         backup(root)
     return roots
+
+
+@pytest.fixture(scope="session")
+def trees(policy, data):
+    return expanded(policy, data)
 
 
 def gradient_of(policy):
@@ -101,4 +106,4 @@ def assert_refused(main, arguments, word, capsys):
     except SystemExit as stop:  # argparse
         code = stop.code
     error = capsys.readouterr().err.strip()
-    assert code == 2 and word in error and "\n" not in error, (arguments, code, error)
+    assert code == 2 and word in error and "\n" not in error, error

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaTokenizer, Qwen2Tokenizer
 
-from react_env import FEW_SHOT
+from engine.examples import FEW_SHOT
 
 FAMILIES = {  # tokens: begin of text, end of text, end of turn; chat template
     "qwen2": (None, "<|endoftext|>", "<|im_end|>", """\

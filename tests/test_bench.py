@@ -1,101 +1,87 @@
-"""Every part of the measurements, with tiny settings; and the alternatives compute the same."""
+"""The tool that measures, with tiny settings; and what it measures against computes the same."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import fresh_policy
-from test_policy import expanded, gradient_of
+import torch
+from conftest import expanded, fresh_policy, gradient_of
 
-from allocator import allocate_roots, expand_prefixes, flip_prob, mixed_prob
+from allocator import allocate_roots, mixed_prob
 from lab import bench
-from lab.alternatives import by_paths, plain_prefixes, plain_react, plain_roots
+from lab.alternatives import by_path, plain_react, plain_roots
 from rollout import grow
-from tree import advantages, sampled_tokens
+from tree import leaves, nodes, sampled_tokens
 
 
-@pytest.fixture(scope="module")
-def still():
-    return fresh_policy(learning_rate=0.0)
+# ---------------------------------------------------------------- the tool
+def test_a_whole_run_goes_to_the_file(tmp_path, monkeypatch):
+    """And a ratio above 1 is in our favour: fewer seconds, or more tokens per second."""
+    rows = [bench.row_of("", "s", [[1, 2, 4], [4, 4, 4]]),
+            bench.row_of("", "tok/s", [[4, 4, 4], [1, 2, 4]])]
+    monkeypatch.setattr(bench, "PARTS", {"a": lambda dials: rows})
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    bench.main([])
+    assert json.loads((tmp_path / "results" / "bench.json").read_text()) == rows
+    assert [row["ratio"] for row in rows] == [2, 2] and rows[0]["spread"] == [1, 4]
 
 
-SMALL = {  # part: (its rows with tiny settings, how many they are)
-    "environment": (lambda *_: bench.environment(200), 7),
-    "allocation": (lambda *_: bench.allocation(40, 500), 2),
-    "engine": (lambda *shared: bench.engine(*shared, (3, 4), 2), 7),
-    "limit": (lambda *shared: bench.limit(*shared, 4, 64), 2),
-    "growth": (lambda *shared: bench.growth(*shared, {"budget": (100, 200)}), 1 + 3),
-    "step": (lambda *_: bench.whole_step(2, budget=100, articles=100, pool_size=4), 2)}
-
-
-@pytest.mark.parametrize("part", [pytest.param(part, marks=pytest.mark.long if part in (
-    "engine", "growth", "step") else ()) for part in bench.PARTS])
-def test_every_part_yields_rows(part, still, data, monkeypatch):
-    """One repeat each. Rates and times are positive, a ratio lies within its spread."""
-    monkeypatch.setattr(bench, "REPEATS", 1)
-    make, num = SMALL[part]
-    rows = list(make(still, data))
-    assert len(rows) == num
-    for row in rows:
-        assert list(row) == ["name", "ours", "other", "unit", "ratio", "spread"]
-        assert row["ours"] > 0 and (row["other"] is None or row["other"] > 0)
-        if row["ratio"]:
-            assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
-        assert (row["ratio"] is None) == (row["spread"] is None) == (row["other"] is None)
-    json.dumps(rows)
-
-
-def test_a_ratio_above_1_is_in_our_favour():
-    for unit, ours, other in (("s", [1, 2, 4], [4, 4, 4]), ("tok/s", [4, 4, 4], [1, 2, 4])):
-        row = bench.row_of("", unit, ours, other)
-        assert (row["ratio"], row["spread"]) == (2, [1, 4])
-
-
-def test_one_part_needs_a_file_of_its_own(tmp_path, capsys, monkeypatch):
-    with pytest.raises(SystemExit):
-        bench.main(["--only", "allocation"])
-    assert "--out" in capsys.readouterr().err
-    monkeypatch.setattr(bench, "REPEATS", 1)
-    bench.main(["--only", "environment", "--articles", "200", "--out", str(tmp_path / "a" / "b")])
-    assert len(json.loads((tmp_path / "a" / "b").read_text())) == 7
-
-
-def test_plain_solvers_find_the_same_optimum():
-    rng = np.random.default_rng(0)
-    v, r = rng.random(12), rng.integers(2, size=12)
-    m = allocate_roots(v, 30, 5)
-    assert plain_roots(v, 30, 5) == pytest.approx(mixed_prob(v, m).sum())
-    k = plain_prefixes(flip_prob(v, r, 1).tolist(), 20)
-    assert sum(k) == 20
-    assert flip_prob(v, r, np.array(k)).sum() == pytest.approx(
-        flip_prob(v, r, expand_prefixes(v, r, 20)).sum())
+def test_what_fits_on_a_card(monkeypatch):
+    """On one of 12 GiB: a larger card gives no row, and what does not fit a zero."""
+    def cap(share):
+        shares.append(share)
+        if share > 1:
+            raise ValueError
+        if share < 0.9:
+            raise torch.OutOfMemoryError("out of memory")
+    shares, here = [], SimpleNamespace(total_memory=12 * 2 ** 30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: here)
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", cap)
+    for name, value in (("still_policy", list), ("two_steps", lambda *loaded: [70.0]),
+                        ("make_model", print), ("SHAPES", {"3B": ()}),
+                        ("alone", lambda work, *arguments: work(*arguments))):
+        monkeypatch.setattr(bench, name, value)
+    assert [row["ours"] for row in bench.cards({})] == [70, 0, 0]
+    assert shares[-1] == 5.4 / 12
 
 
 @pytest.mark.long
-def test_plain_react_plays_the_same_game(still, data):
+@pytest.mark.parametrize("part", ["allocation", "step", "engine", "cards"])
+def test_every_part_yields_rows(part, monkeypatch):
+    """Once each; `cards` on a model made for it, which any device holds."""
+    for name, value in (("REPEATS", 1), ("LIVE", (3,)), ("CARDS", (0,)), ("NUM_WORDS", 2048),
+                        ("SHAPES", {"test": (64, 64, 2, 2, 1)})):
+        monkeypatch.setattr(bench, name, value)
+    rows = list(getattr(bench, part)({"budget": 100}))
+    assert rows and all(row["ours"] > 0 for row in rows if "time_" not in row["name"])
+
+
+# ---------------------------------------------------------------- the alternatives
+def test_the_plain_solver_finds_the_same_optimum():
+    v = np.random.default_rng(0).random(12)
+    best = mixed_prob(v, allocate_roots(v, 30, 5)).sum()
+    assert plain_roots(v, 30, 5) == pytest.approx(best)
+
+
+@pytest.mark.long
+def test_plain_react_plays_the_same_game(data):
     """Mean reward and tokens of 60 episodes: each within five standard errors of the engine's
-    (false alarm about 1e-6), and the model is left as it was."""
-    questions = data.train[:60]
-    theirs = plain_react(still, data.env, questions)
-    roots = [still.root(question, data.env) for question in questions]
-    leaves = grow(still, data.env, roots, [1] * 60, (0, 0))
-    for a, b in (([reward for _, _, reward in theirs], [leaf.reward for leaf in leaves]),
-                 ([sum(mask) for _, mask, _ in theirs], list(map(sampled_tokens, roots)))):
-        assert abs(np.mean(a) - np.mean(b)) < 5 * np.hypot(np.std(a), np.std(b)) / 60 ** 0.5
-    for root, (ids, mask, _) in zip(roots, theirs):
-        assert ids[:len(root.ids)] == root.ids.tolist() and len(ids) == len(mask)
-        assert mask.index(1) == len(root.ids)
-    again = grow(still, data.env, roots[:1], [1], (0, 0))
-    assert still.plain and len(again) == 1
+    (false alarm about 1e-6)."""
+    policy, found = fresh_policy(), []
+    for play in (grow, plain_react):
+        roots = [policy.root(question, data.env) for question in data.train[:60]]
+        play(policy, data.env, roots, [1] * 60)
+        found.append([(leaves(root)[0].reward, sampled_tokens(root)) for root in roots])
+    (ours, theirs), errors = np.mean(found, 1), np.std(found, 1) / 60 ** 0.5
+    assert (abs(ours - theirs) < 5 * np.hypot(*errors)).all()
 
 
-@pytest.mark.long
 def test_path_by_path_is_the_same_update(data, monkeypatch):
-    policy = fresh_policy(max_grad_norm=1e9, micro_batch_tokens=1000)
-    credits = [advantages(root, "grpo") for root in expanded(policy, data, num=3)]
-    gradients, losses = [], []
-    monkeypatch.setattr(policy.optimizer, "step", lambda: gradients.append(gradient_of(policy)))
-    for parts in ((policy.micro_batches, policy.logprobs), by_paths(policy)):
-        policy.micro_batches, policy.logprobs = parts
-        losses.append(policy.update([credit for credit in credits if credit])["loss"])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+    policy, found = fresh_policy(), []
+    [tree] = expanded(policy, data, num=1)
+    monkeypatch.setattr(policy.optimizer, "step", lambda: found.append(gradient_of(policy)))
+    policy.update([dict.fromkeys(nodes(tree), 1.0)])
+    policy.update(list(by_path([tree])))
+    together, alone = found
+    assert (together - alone).norm() < 1e-4 * alone.norm()

@@ -11,7 +11,8 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsA
 
 from engine.errors import UsageError
 from policy import load_policy
-from react_env import FEW_SHOT, Question, ReActEnv, Wiki, parse_action, split_completion
+from engine.examples import FEW_SHOT
+from react_env import Question, ReActEnv, Wiki, parse_action, split_completion
 from trace_mini import Config, main
 from world.files import load_questions
 
