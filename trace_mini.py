@@ -230,8 +230,8 @@ def evaluate(policy, env, questions, progress=None, first=None):
         tokens += sum(map(sampled_tokens, roots))
         if progress:
             progress(len(roots))
-    return summarise(questions, scores, first) | {"tokens": tokens / len(questions),
-                                                  "predictions": predictions}
+    more = {"tokens": tokens / len(questions), "predictions": predictions}
+    return summarise(questions, scores, first) | more
 
 
 def score(policy, env, questions, folder, first=None):
@@ -306,12 +306,9 @@ def run(config):
     folder = Path(config.resume) if goes_on else fresh_folder(config)
     say(describe_run(folder, config, best_device()))
     data, policy = load_data(config), load_policy(config)
-    inputs = {"weights": policy.fingerprint}
-    if not config.scores_a_file:
-        data = data.that_fit(policy)
-        inputs = inputs_of(policy, data)
+    data = data.that_fit(policy)
     if saved:
-        check_inputs(config.resume, saved, inputs)
+        check_inputs(config.resume, saved, inputs_of(policy, data))
     if not (goes_on and config.eval_only):
         start_folder(folder, asdict(config), fresh=not goes_on)
     say(describe_memory(policy) + policy.notice + data.notice)

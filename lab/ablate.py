@@ -18,7 +18,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import cache, partial
-from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +28,7 @@ from tqdm import tqdm
 
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
-from engine.files import write_json
-from engine.loading import model_folder
+from engine.files import fingerprint, fingerprint_of_weights, model_folder, write_json
 from engine.runs import checkpoint_file, checkpoint_files, load_checkpoint
 from lab.pictures import draw_arms
 from lab.tables import differences, finished, read_rows, report, write_rows
@@ -140,13 +138,9 @@ def plan(preset, extra="", dev=False):
             where = ""
             if preset == "transfer":
                 where = arm.partition("@")[2]
-                made = short_hash(made, where)
+                made = fingerprint((made, where))
             runs.append(Run(arm, seed, where, words, config, made, folder))
     return sorted(runs, key=lambda run: run.seed)
-
-
-def short_hash(*parts):
-    return blake2b(repr(parts).encode(), digest_size=4).hexdigest()
 
 
 def made_with(config):
@@ -157,18 +151,14 @@ def made_with(config):
         value = getattr(config, field.name)
         if field.name in Arm._fields or (value != field.default and field.name not in HOW):
             dials[field.name] = value
-    return short_hash(sorted(dials.items()), weights_and_world(config.model, config.wiki_seed))
+    return fingerprint((sorted(dials.items()), weights_and_world(config.model, config.wiki_seed)))
 
 
 @cache
 def weights_and_world(model, wiki_seed):
-    """Their hash: of the embedded model or a folder; of a hub's model the name must do."""
-    files = sorted(Path(model_folder(model)).glob("*.safetensors"))
+    """Their fingerprints: of the embedded model or a folder; of a hub's model the name must do."""
     data = load_data(Config(wiki_seed=wiki_seed))
-    wiki = data.env.wiki
-    return short_hash([file.read_bytes() for file in files],
-                      [wiki.text(title) for title in wiki.titles],
-                      [(q.text, q.answers) for q in data.train + data.eval])
+    return fingerprint_of_weights(model_folder(model)), data.fingerprints()
 
 
 # ---------------------------------------------------------------- running

@@ -27,13 +27,19 @@ class Data(NamedTuple):
     notice: str = ""  # lines about questions that were left out
 
     def fingerprints(self):
-        """{what: hash of its content}, to know it again on --resume."""
+        """{what: hash of its content}, to know it again on --resume; of a file that is only
+        scored nothing."""
+        if not self.train:
+            return {}
         questions = [(q.id, q.text, q.answers) for q in self.train + self.eval]
         return {"questions": fingerprint(questions),
                 "wiki": fingerprint([self.env.wiki.pages, self.eval_env.wiki.pages])}
 
     def that_fit(self, policy):
         """The same, without questions whose prompt leaves no room for a turn."""
+        if not self.train:  # a file that is only scored, whole
+            return self
+
         def fits(question):
             return policy.root(question, self.env).length + policy.turn_tokens <= policy.context
         train, held_out = list(filter(fits, self.train)), list(filter(fits, self.eval))
