@@ -112,8 +112,7 @@ class Config:
         if self.prefix_rule == "none":
             self.num_continuations = 0
         if self.eval_data and (self.data == "toy" or self.scores_a_file):
-            raise UsageError("--eval-data goes with training on a --data file; without one, or "
-                             "with --eval-only, name the file as --data")
+            raise UsageError("--eval-data goes with training on a --data file")
 
     @property
     def scores_a_file(self):
@@ -230,8 +229,8 @@ def evaluate(policy, env, questions, progress=None, first=None):
         tokens += sum(map(sampled_tokens, roots))
         if progress:
             progress(len(roots))
-    more = {"tokens": tokens / len(questions), "predictions": predictions}
-    return summarise(questions, scores, first) | more
+    return summarise(questions, scores, first) | {"tokens": tokens / len(questions),
+                                                  "predictions": predictions}
 
 
 def score(policy, env, questions, folder, first=None):
@@ -257,11 +256,11 @@ def train(config, policy, data, folder, saved=None, stopped=()):
             part.load_state_dict(saved[name])
 
     def assess(questions):
-        result = score(policy, data.eval_env, questions, folder, config.eval_questions)
         row = {"step": step, "sampled_tokens": state.schedule.sampled_tokens}
-        journal.write("evals", row | result)
-        say(describe_scores(row | result))
-        return result
+        row |= score(policy, data.eval_env, questions, folder, config.eval_questions)
+        journal.write("evals", row)
+        say(describe_scores(row))
+        return row
 
     some = data.eval[:config.eval_questions]
     if journal.is_new:
@@ -307,8 +306,7 @@ def run(config):
     say(describe_run(folder, config, best_device()))
     data, policy = load_data(config), load_policy(config)
     data = data.that_fit(policy)
-    if saved:
-        check_inputs(config.resume, saved, inputs_of(policy, data))
+    check_inputs(config.resume, saved, inputs_of(policy, data))
     if not (goes_on and config.eval_only):
         start_folder(folder, asdict(config), fresh=not goes_on)
     say(describe_memory(policy) + policy.notice + data.notice)
@@ -317,8 +315,7 @@ def run(config):
             return train(config, policy, data, folder, saved, stopped)
     if saved:
         policy.load_state_dict(saved["policy"])
-    result = score(policy, data.eval_env, data.eval, folder)
-    write_json(folder / "eval.json", result)
+    write_json(folder / "eval.json", result := score(policy, data.eval_env, data.eval, folder))
     say(describe_scores(result))
 
 

@@ -146,7 +146,9 @@ def inputs_of(policy, data):
 
 def check_inputs(folder, saved, inputs):
     """UsageError where the content of what a run reads, {what: fingerprint}, is not what it
-    began with."""
+    began with. `saved`: its checkpoint, None in a fresh run."""
+    if saved is None:
+        return
     if "inputs" not in saved:
         return say(f"{folder}: an old checkpoint, which does not tell what the run read: "
                    f"{', '.join(inputs)} were not checked")
