@@ -1,1 +1,1 @@
-"""Measuring: arms at equal sampled tokens, tables, speed and memory, the predictor against truth."""
+"""Measuring: arms at equal sampled tokens, speed and memory, the predictor against truth."""
