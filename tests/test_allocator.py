@@ -145,9 +145,9 @@ def test_prefix_table(v, r, budget, k):
     ("r", flip_prob, (0.5, 0.5, 2)),
     ("v", allocate_roots, ([0.5, np.nan], 4)),
     ("budget", allocate_roots, ([0.5], -1)),
+    ("budget", allocate_roots, ([0.5], 4.0)),
     ("cap", allocate_roots, ([0.5], 4, -2)),
     ("r", expand_prefixes, ([0.5, 0.5], [1], 4)),
-    ("budget", expand_prefixes, ([0.5], [1], 2.5)),
     ("cap", expand_prefixes, ([0.5], [1], 4, -1))])
 def test_errors_name_the_argument(name, function, arguments):
     with pytest.raises(ValueError, match=f"^{name} must be "):
@@ -155,8 +155,7 @@ def test_errors_name_the_argument(name, function, arguments):
 
 
 # ---------------------------------------------------------------- rules by name
-SIZES = pytest.mark.parametrize("n, budget", [(0, 5), (1, 1), (1, 7), (5, 0), (5, 3), (12, 31),
-                                              (5, 1000)])
+SIZES = pytest.mark.parametrize("n, budget", [(0, 5), (5, 0), (5, 3), (12, 31), (5, 1000)])
 
 
 @SIZES
@@ -177,7 +176,7 @@ def test_prefix_rules_keep_the_budget(rule, n, budget):
 
 
 @pytest.mark.parametrize("budget, m", [
-    (3, [0, 0, 3]), (6, [2, 0, 4]), (14, [5, 4, 5]), (99, [CAP] * 3),
+    (6, [2, 0, 4]), (14, [5, 4, 5]), (99, [CAP] * 3),
     (5, [0, 0, 4])])  # a lone rollout that is left over is dropped
 def test_equal_groups_of_four(budget, m):
     """Lowest score first: the third prompt, then the first."""
@@ -185,10 +184,10 @@ def test_equal_groups_of_four(budget, m):
 
 
 def test_uniform_visits_every_prompt_equally_often():
-    """Binomial(2000, 1/5) for each of 10 prompts."""
+    """Binomial(2000, 1/5) for each of 10 prompts: six standard errors are 107."""
     rng, pool = np.random.default_rng(0), random_anchors(10)
     visits = sum(ROOT_RULES["uniform"](pool, 16, rng) > 0 for _ in range(2000))
-    assert (abs(visits - 400) <= 6 * np.sqrt(2000 * 0.2 * 0.8)).all()
+    assert abs(visits - 400).max() <= 107
 
 
 @pytest.mark.parametrize("rule, m", [
@@ -244,13 +243,18 @@ def test_prefix_rules_are_optimal(rule, value, least):
 
 
 # ---------------------------------------------------------------- a step
-def test_expand_trees():
+def test_expand_trees(monkeypatch):
     """Trees of 2, 3 and 3 bare rollouts. The second has no prefix and hands its share back: 2 x 8
-    continuations go to the others in proportion 2 to 3. Within a tree the surprising prefix gets
-    more: its own rollout failed against odds of 0.9."""
-    first, third = [Prefix(None, 0, 9), Prefix(None, 1, 9)], [Prefix(None, 1, 9)]
-    v, sure, m = np.array([0.9, 0.8, 0.5]), np.full(3, 8.0), np.array([2, 3, 3])
-    rng = np.random.default_rng(0)
-    k = expand_trees([first, [], third], v, sure, m, 2, "trace", rng)
-    assert k.tolist() == [2, 4, 10]
-    assert not expand_trees([[]], v[:0], sure[:0], m[:1], 2, "trace", rng).size
+    continuations go to the others in proportion 2 to 3. A rule sees the prefixes of its own tree
+    alone, and what each of them is expected to cost."""
+    seen = []
+
+    def rule(p, budget, rng):
+        seen.append((*p.v, *p.outcome, *p.cost, *p.concentration, budget))
+        return p.outcome
+    monkeypatch.setitem(PREFIX_RULES, "mine", rule)
+    found = [Prefix(None, 0, 20), Prefix(None, 1, 30)], [], [Prefix(None, 1, 40)]
+    v, sure, m = np.array([0.9, 0.8, 0.5]), np.array([5, 6, 7]), np.array([2, 3, 3])
+    k = expand_trees(found, v, sure, m, 2, "mine", None)
+    assert k.tolist() == [0, 1, 1]
+    assert seen == [(0.9, 0.8, 0, 1, 20, 30, 5, 6, 6), (0,), (0.5, 1, 40, 7, 10)]

@@ -1,7 +1,6 @@
 """What lasts: a run that is killed again and again, 2,000 steps, a pool of 100,000 questions. The
 tests print their figures. TRACE_MINI_SMALL=1, as in .ci/run, does the same in small."""
 import gc
-import json
 import os
 import random
 import resource
@@ -88,9 +87,6 @@ def test_killed_again_and_again(tmp_path, tell):
         place = PLACES[number % 3] if number else "before the first checkpoint"
         kill_somewhere(start(killed), killed, place, rng)
         step, rows = newest(killed), num_rows(killed)
-        if rows:
-            lines = (killed / "metrics.jsonl").read_text().split("\n")[:rows]
-            assert [json.loads(line)["step"] for line in lines] == [*range(1, rows + 1)]
         lost = rows - (step or 0)
         assert 0 <= lost <= EVERY
         redone += lost
@@ -161,9 +157,8 @@ def test_a_pool_of_100000_questions(tell):
     policy, state = trace_mini.load_policy(config), State.begin(config, data, 16.0)
     before, start_s = resident(), time.perf_counter()
     trees, row = train_step(config, state, policy, HeadPredictor(policy), data)
-    seconds = time.perf_counter() - start_s
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tell(f"a pool of {num:,} questions: one step in {seconds:.0f} s (predict "
+    tell(f"a pool of {num:,} questions: one step in {time.perf_counter() - start_s:.0f} s (predict "
          f"{row['time_predict_s']:.0f} s, allocate {row['time_allocate_s']:.2f} s), memory "
          f"{before:.0f} MB before, {resident():.0f} MB after, {most / 1e3:.0f} MB at most")
     assert state.prompts.cursor == num and 0 < row["coverage"] < 0.01

@@ -78,15 +78,11 @@ def headline():
 
 
 def speed():
-    """Lines of the table of speed and memory, from results/bench.json."""
+    """Lines of the table of speed, from results/bench.json."""
     for row in json.loads((HERE / "results" / "bench.json").read_text()):
-        line = f"| {row['name']} | {row['ours']:.3g} {row['unit']} |"
-        if row["other"] is None:
-            yield f"{line} – | – |"
-        else:
-            low, high = row["spread"]
-            yield (f"{line} {row['other']:.3g} {row['unit']} | {row['ratio']:.3g} "
-                   f"({low:.3g} to {high:.3g}) |")
+        low, high = row["spread"]
+        yield (f"| {row['name']} | {row['ours']:.3g} {row['unit']} | {row['other']:.3g} "
+               f"{row['unit']} | {row['ratio']:.3g} ({low:.3g} to {high:.3g}) |")
 
 
 def predictors():

@@ -31,14 +31,14 @@ from tree import (
 
 
 def play(t, start, names, sample, reward):
-    """Add a rollout whose turns have these names. A turn is two sampled ids, and one of an
-    observation unless it is the last; every id is the letter's number."""
+    """Add a rollout whose turns have these names. A turn is two sampled ids and one of an
+    observation, the last one a single sampled id; every id is the letter's number."""
     node = t[start]
     for name in names:
         last = name == names[-1]
-        ids = np.full(2 if last else 3, ord(name), np.int32)
+        ids = np.full(1 if last else 3, ord(name), np.int32)
         state = SimpleNamespace(done=last, reward=reward if last else 0.0)
-        node = t[name] = Node(ids, 2, state, node, sample=sample)
+        node = t[name] = Node(ids, 1 if last else 2, state, node, sample=sample)
 
 
 @pytest.fixture
@@ -64,14 +64,14 @@ def t(prompt):
 # ---------------------------------------------------------------- structure
 def test_paths_and_leaves(t):
     assert path(t["e"]) == [t["root"], t["a"], t["d"], t["e"]]
-    assert path_ids(t["f"]).tolist() == [1, 2, *map(ord, "aaaff")]
-    assert (t["f"].length, t["f"].depth) == (7, 2)
+    assert path_ids(t["f"]).tolist() == [1, 2, *map(ord, "aaaf")]
+    assert (t["f"].length, t["f"].depth) == (6, 2)
     assert leaves(t["root"]) == [t[y] for y in "cefhi"]
-    assert sampled_tokens(t["root"]) == 2 * 9
+    assert sampled_tokens(t["root"]) == 4 * 2 + 5
 
 
 def test_prefixes_carry_the_outcome_of_their_rollout_and_what_it_still_cost(t):
-    assert t["prefixes"] == [(t["a"], 1, 4), (t["b"], 1, 2), (t["g"], 0, 2)]
+    assert t["prefixes"] == [(t["a"], 1, 3), (t["b"], 1, 1), (t["g"], 0, 1)]
 
 
 def test_what_is_no_success(t):
@@ -110,8 +110,9 @@ CREDITS = {  # of a, b, d, g, i; c is like b, e and f like d, h like g, but for 
     "grpo": np.array([-1 / 15, 0.6, -0.4, -0.4, 0.6]) / ROOT,
     "tree_grpo": [-1 / 15 / ROOT, 0.6 / ROOT + 2 / 3 / A, -0.4 / ROOT - 1 / 3 / A, -0.4 / ROOT,
                   0.6 / ROOT],
-    # means over root and a, scaled by their std over all nine turns
-    "treepo": np.array([-2, 19, -11, -12, 18]) / np.std([-2, 19, 19, *[-11] * 3, -12, -12, 18]),
+    # means over root and a, times 30, scaled by their std over all 13 tokens
+    "treepo": np.array([-2, 19, -11, -12, 18]) / np.std(
+        [-2, -2, 19, 19, 19, -11, -11, -11, -11, -12, -12, -12, 18]),
     "node_value": [-1 / 15, 2 / 3, -1 / 3, -0.4, 0.6],
     "root_value": [-1 / 15, 0.6, -0.4, -0.4, 0.6],
 }
