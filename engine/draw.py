@@ -25,7 +25,7 @@ class Picture(Figure):
         for text in self.findobj(Text):
             text.set_text("".join(map(drawable, text.get_text())))
         stream = io.BytesIO()
-        self.savefig(stream, dpi=dpi)
+        self.savefig(stream, dpi=dpi, pil_kwargs={"optimize": True})
         return stream.getvalue()
 
     def write(self, file):
