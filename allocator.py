@@ -5,7 +5,8 @@
 
 n anchors (roots, or prefixes of one prompt): v [n] predicted success probability, r [n] outcome
 (0 or 1) of the bare rollout that owns a prefix, q [n] predicted chance that a continuation
-repeats r, m and k [n] numbers of rollouts. A rule is a function (Anchors, budget, rng) -> int [n]
+repeats r, which is r v + (1−r)(1−v), m and k [n] numbers of rollouts. V_root is `mixed_prob`,
+V_pref is `flip_prob`, and `flip` is 1 − q. A rule is a function (Anchors, budget, rng) -> int [n]
 and one line in ROOT_RULES or PREFIX_RULES.
 """
 import heapq
@@ -20,9 +21,9 @@ CONCENTRATION = 8.0  # rules named "posterior": pseudo-counts behind a predictio
 TIE = 1e-11          # values of roots this close, relative to the largest, count as equal
 
 
-def check(name, ok, rule):
+def check(name, ok, wanted):
     if not np.all(ok):
-        raise ValueError(f"{name} must be {rule}")
+        raise ValueError(f"{name} must be {wanted}")
 
 
 def check_counts(**counts):
@@ -65,7 +66,7 @@ def beta_moment(a, b, k):
 def allocate_roots(v, budget, cap=CAP):
     """m [n], each 0 or 2..cap, sum <= budget, maximising sum(mixed_prob(v, m)) exactly. Ties
     favour earlier prompts. ValueError names what is wrong: v not [n] in [0, 1], or budget or cap
-    not an integer >= 0."""
+    not an integer >= 0. (For notebooks and lab: the rules below call solve_roots.)"""
     v = np.asarray(v, float)
     check("v", v.ndim == 1, "one-dimensional")
     check_counts(budget=budget, cap=cap)
@@ -113,8 +114,8 @@ def expand_prefixes(v, r, budget, cap=None):
 def solve_prefixes(gains, shrink, budget, cap=None):
     """k [n] that takes the largest gains first, until the budget is spent or all are at the cap.
 
-    gains [n]: of the first continuation. shrink(i, j) in [0, 1]: the gain of i's continuation
-    j + 1 over that of its j-th. So gains never rise, and greedy is exact."""
+    gains [n]: of the first continuation. shrink(i, j): the gain of i's continuation j + 1 over
+    that of its j-th. It is at most 1, so gains never rise, and greedy is exact."""
     k = np.zeros(len(gains), int)
     heap = [(-gain, 1, i) for i, gain in enumerate(gains)]  # equal gains: fewest so far, then i
     heapq.heapify(heap)
@@ -157,9 +158,9 @@ class Anchors:
     outcome: np.ndarray | None = None         # [n] r of the bare rollout: prefixes only
     successes: np.ndarray | float = 0.0       # [n] counted at that prompt so far: roots only
     failures: np.ndarray | float = 0.0        # [n] likewise
-    cost: np.ndarray | None = None            # [n] expected sampled tokens: prefixes only
+    cost: np.ndarray | None = None            # [n] tokens that the bare rollout took from here
     concentration: np.ndarray | float = CONCENTRATION  # [n] how sure v is, in pseudo-counts
-    group_size: int = 8                       # rollouts per prompt of the rules with equal groups
+    group_size: int = 8                       # bare rollouts per prompt where groups are equal
 
 
 def equal_groups(score, budget, size):
@@ -195,8 +196,9 @@ def knapsack_roots(pool, budget, rng):
 
 
 def trace_roots(pool, budget, rng, floor=0.0, posterior=False):
-    """Stage 1, exact given the floor: pairs (more if all have one) on random prompts. The
-    posterior takes v as the mean of a Beta that has also seen the prompt's own outcomes."""
+    """Stage 1. A share `floor` of the budget goes to random prompts, in pairs; the rest is dealt
+    exactly. The posterior takes v as the mean of a Beta that has also seen the prompt's own
+    outcomes."""
     m = np.arange(CAP + 1)
     values = mixed_prob(pool.v[:, None], m)  # [n, CAP + 1]
     if posterior:
@@ -221,7 +223,7 @@ def random_prefixes(prefixes, budget, rng):
 
 
 def trace_prefixes(prefixes, budget, rng, floor=0.0):
-    """Stage 2, exact given the floor, which is spread evenly over random prefixes."""
+    """Stage 2. A share `floor` of the budget is spread evenly; the rest is dealt exactly."""
     units = round(floor * budget)
     base = rng.permutation(deal_evenly(units, np.full(len(prefixes.v), units)))
     flip = flip_prob(prefixes.v, prefixes.outcome, 1)
@@ -230,8 +232,8 @@ def trace_prefixes(prefixes, budget, rng, floor=0.0):
 
 
 def posterior_prefixes(prefixes, budget, rng):
-    """Stage 2 with q ~ Beta(c q, c (1−q)): a repeated outcome makes the next repeat more likely,
-    so gains still fall and greedy stays exact."""
+    """Stage 2 with q ~ Beta(c q, c (1−q)). Each gain is at most the one before: the factor
+    (c q + j − 1) / (c + j) is below 1. So greedy stays exact."""
     flip = flip_prob(prefixes.v, prefixes.outcome, 1)
     total = np.broadcast_to(prefixes.concentration, len(flip))
     repeat = total * (1 - flip)
@@ -239,7 +241,8 @@ def posterior_prefixes(prefixes, budget, rng):
 
 
 def cost_aware_prefixes(prefixes, budget, rng):
-    """Stage 2 by gain per expected token."""
+    """Stage 2 by gain per token that the bare rollout took from here; the budget stays a number of
+    continuations."""
     flip = flip_prob(prefixes.v, prefixes.outcome, 1)
     return solve_prefixes(flip / prefixes.cost, lambda i, j: 1 - flip[i], budget)
 
@@ -255,12 +258,19 @@ PREFIX_RULES = {  # name: (prefixes of one prompt, budget, rng) -> k [n]
 
 
 # ---------------------------------------------------------------- a step
+def deal_roots(pool, budget, rule, rng):
+    """Stage 1 over the step's pool -> m [n]. ValueError where a rule breaks the budget."""
+    m = ROOT_RULES[rule](pool, budget, rng)
+    check(f"the sum of what the rule {rule} deals", 0 < m.sum() <= budget, f"1 to {budget}")
+    return m
+
+
 def expand_trees(found, v, concentration, m, num_continuations, rule, rng):
     """Stage 2 over the step's trees -> k [n], for the n prefixes of all of them, tree by tree.
 
     found[i]: prefixes of tree i (with .outcome and .tokens_left), m[i] its bare rollouts; v and
-    concentration [n]. Tree i spreads num_continuations * m_i over its own prefixes; one without
-    a prefix hands its share back."""
+    concentration [n]. The num_continuations * sum(m) continuations are shared among the trees
+    that have a prefix, in proportion to m; each spreads its share over its own prefixes."""
     num_prefixes = np.array([len(own) for own in found])
     shares = deal_in_proportion(np.where(num_prefixes > 0, m, 0), num_continuations * m.sum())
     k, begin = [], 0

@@ -1,11 +1,13 @@
 """The policy: a causal LM in 4 bits with LoRA adapters. Its text, its log-probs, its update.
 
-Sampling is in rollout.py. Shapes: R rows of a cache, T tokens, S columns, W width, V vocabulary.
+Sampling is in rollout.py. Shapes: N tokens of all rows end to end, R rows of a cache, T tokens of
+the longest row, S columns, W width, V vocabulary.
 """
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from engine.attention import pack
 from engine.errors import UsageError, first_line
@@ -22,7 +24,7 @@ LOGIT_CHUNK = 2 ** 25  # logits held at once in the update
 
 
 class Sizes(NamedTuple):
-    """What a dial that is 0 becomes."""
+    """What holds where no dial says otherwise."""
     turn_tokens: int         # most tokens of a turn
     observation_tokens: int  # an observation is cut here
     context: int             # most tokens of a path
@@ -45,6 +47,7 @@ class Policy:
         self.fingerprint = fingerprint_of_weights(base.name_or_path)
         self.softcap = getattr(base.config, "final_logit_softcapping", None)
 
+        # our own small policies have never seen the examples of the prompt
         bare_prompt = knows_bare_prompt(model_folder(config.model))
         sizes = EMBEDDED_SIZES if bare_prompt else OTHER_SIZES
         self.turn_tokens = config.turn_tokens or sizes.turn_tokens
@@ -122,7 +125,7 @@ class Policy:
         """Feed lists of ids, ids[i] to row rows[i] of the cache from column starts[i] on -> last
         hidden states [N, W] of all N tokens, list by list."""
         counts = list(map(len, ids))
-        slots = np.concatenate([np.arange(count) for count in counts])
+        slots = np.concatenate([np.arange(count) for count in counts])  # of a token in its row
         columns = np.repeat(starts, counts) + slots
         width = max(cache.width, columns.max() + 1)
         first = np.zeros(cache.num_rows, int)  # of each row, the first column that is fed
@@ -174,7 +177,7 @@ class Policy:
 
         if len(ids) <= size:
             return chunk(hidden, ids)
-        return torch.cat([torch.utils.checkpoint.checkpoint(chunk, *parts, use_reentrant=False)
+        return torch.cat([checkpoint(chunk, *parts, use_reentrant=False)
                           for parts in zip(hidden.split(size), ids.split(size))])
 
     # ------------------------------------------------------------ update
@@ -253,12 +256,12 @@ def load_policy(config):
             model_folder(config.model), config.four_bit, device, config.seed)
         return Policy(model, tokenizer, config, notice)
     except UsageError as error:
-        why = str(error)
+        why, reason = str(error), None
     except Exception as error:  # whatever transformers makes of a folder
-        hint = ""
+        hint, reason = "", error
         if config.four_bit and not import_bitsandbytes():
             hint = "; bitsandbytes cannot be imported, --no-4bit does without it"
         why = f"cannot be used ({first_line(error)}){hint}"
         if device == "cuda" and torch.cuda.memory_stats().get("num_ooms"):
             why = "does not fit into the memory of the GPU"  # transformers hides the reason
-    raise UsageError(f"model {config.model}: {why}")
+    raise UsageError(f"model {config.model}: {why}") from reason

@@ -6,7 +6,7 @@ the steps' trees. It serves the allocator only and never enters the policy gradi
 sees is privileged: no answer, no gold title, no hop count, no kind of question.
 
 A predictor has `predict(features) -> probabilities [n]`, `update(features, targets, weights) ->
-loss`, and the state_dict of checkpoints. `PREDICTORS` holds them by name.
+loss`, and what `Predictor` has. `PREDICTORS` holds them by name.
 """
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ class HeadPredictor(Predictor):
 
     def update(self, features, targets, weights):
         """A few full-batch steps of Adam; -> loss on what is new, before them. Where that loss or
-        a gradient is not finite, what is new is forgotten, and the loss is NaN."""
+        a gradient is not finite it stops, what is new is not remembered, and the loss is NaN."""
         new = [self.inputs(features), torch.tensor(targets).float(), torch.tensor(weights).float()]
         with torch.no_grad():
             before = self.loss(*new).item()
@@ -175,7 +175,7 @@ def monte_carlo_value(policy, env, anchors, num, key):
         copies = []
         for j, anchor in enumerate(anchors[i:i + size], start=i):
             copies.append(Node(path_ids(anchor), 0, anchor.state, hidden=anchor.hidden,
-                               cache=anchor.cache, sample=num * j))
+                               cache=anchor.cache, sample=num * j))  # all draws differ
         grow(policy, env, copies, [num] * len(copies), key)
         for copy in copies:
             backup(copy)
@@ -204,7 +204,7 @@ class Lessons(NamedTuple):
 
 
 def lessons(roots, targets="all"):
-    """Lessons of all anchors of backed-up trees, by a rule of tree.TARGETS."""
+    """Lessons of all turns of backed-up trees that the policy was fed, by a rule of TARGETS."""
     anchors, values, weights = [], [], []
     for root in roots:
         for node, (value, num_leaves) in TARGETS[targets](root).items():

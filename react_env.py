@@ -10,15 +10,16 @@
 
 A turn is one call of a tool (Yao et al. 2023, `wikienv.py`):
   Search[title]    a hit shows the page's first five sentences, a miss similar titles
-  Lookup[keyword]  the next sentence of that page that holds the keyword, in any case
+  Lookup[keyword]  the next sentence of that page that holds the keyword, in any case;
+                   a keyword that is written in another way starts again
   Finish[answer]   ends the episode; reward 1 if the answer is an exact match, else 0
 
 More is understood than by the original: white space around an action, marks around the
 words `**Action:**` and `action :`, which may be in any case, and titles in another case,
 with HTML entities or with other white space. One thing is not: `think[x]` is an invalid
-action. As there, `Lookup[]` walks through the whole page. Its faults are not repeated: an
-empty action or a backslash in a page raised an error, an episode that ran out of turns could
-score, and rewards were fuzzy and given more than once.
+action. As there, `Lookup[]` walks through the whole page. Faults of the original are not
+repeated: an empty action or a backslash in a page raised an error, an episode that ran out of
+turns could score, and rewards were fuzzy and given more than once.
 """
 import html
 import re
@@ -269,7 +270,7 @@ class Episode:
 
 
 class ReActEnv:
-    def __init__(self, wiki, max_turns=7):
+    def __init__(self, wiki, max_turns=8):
         self.wiki = wiki
         self.max_turns = max_turns
 

@@ -3,7 +3,7 @@
 Both stages of TRACE are one operation, `grow(anchors, counts)`: an anchor is a prompt or a
 prefix, and all rollouts are carried on together, turn by turn. A row of the cache holds the
 tokens of one path at columns 0, 1, 2, ..., so that forking a path at any earlier turn is to
-copy a row and to forget its later columns: nothing is computed twice.
+copy a row and to forget its later columns: while caches fit, nothing is computed twice.
 """
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from react_env import action_end, observation_text, split_completion
 from tree import Node, leaves, path, path_ids
 
 MOST_TOKENS = 4096  # of a turn: more would repeat the random numbers of the next one
-MOST_LIVE = 0.7     # when at most this share of a cache's rows is still played, it is made smaller
+MOST_LIVE = 0.7     # a cache is made smaller when at most this share of its rows is played
 
 
 @dataclass(slots=True)
@@ -128,7 +128,8 @@ def number_rows(rollouts):
 
 
 def sample_turn(policy, cache, rollouts, hidden, greedy):
-    """Sample a turn of each rollout, token by token; hidden [R, W] are the states they are in."""
+    """Sample a turn of each rollout, token by token; hidden [R, W]: the hidden states
+    at their last tokens."""
     live = rollouts
     for rollout in rollouts:
         rollout.ids, rollout.logprobs = [], []
@@ -172,14 +173,14 @@ def ended(policy, rollout):
 
 def end_turn(policy, rollout, text, state):
     """The rollout stands at the node of the turn that it has sampled."""
-    above, action = rollout.node, rollout.ids
+    above, written = rollout.node, rollout.ids  # the thought and the action
     observation, cut = observation_ids(policy, state, text)
-    length = above.length + len(action) + len(observation)
+    length = above.length + len(written) + len(observation)
     overflowed = not state.done and length + policy.turn_tokens > policy.context
     if state.done or overflowed:  # nobody will read it
         observation, cut = [], False
     rollout.node = Node(
-        np.array(action + observation, np.int32), len(action), state, above,
+        np.array(written + observation, np.int32), len(written), state, above,
         np.array(rollout.logprobs, np.float32), rollout.sample, cut_observation=cut,
         overflowed=overflowed)
 
@@ -212,7 +213,7 @@ def feed(policy, cache, rollouts):
 def fill(policy, anchors):
     """Feed whole paths, some at a time: a layer's activations of many long ones are large."""
     longest = max((anchor.length for anchor in anchors), default=1)
-    size = max(1, 4 * policy.config.micro_batch_tokens // longest)
+    size = max(1, 4 * policy.config.micro_batch_tokens // longest)  # no gradients: four times
     for i in range(0, len(anchors), size):
         some = anchors[i:i + size]
         ids = [path_ids(anchor)[:policy.context] for anchor in some]

@@ -10,8 +10,7 @@ is silent:
  4. One update per batch, on-policy: there is no ratio to clip, and no KL term.
  5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).
  6. Both stages are solved exactly. A prompt gets no bare rollout or at least two.
- 7. A toy Wikipedia and a policy of 1.2 M parameters stand in for real questions and models of
-    8 and 14 B; real files and models are a flag away.
+ 7. A toy Wikipedia and a policy of 1.2 M parameters stand in for real questions and models.
 
 Examples:
   python trace_mini.py --method grpo --seed 1
@@ -28,7 +27,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from allocator import CAP, PREFIX_RULES, ROOT_RULES, Anchors, expand_trees, mixed_prob
+from allocator import (CAP, PREFIX_RULES, ROOT_RULES, Anchors, deal_roots, expand_trees,
+                       mixed_prob)
 from engine.command_line import check_dials, dial, load_dials, own_dials, parse_dials, run_main
 from engine.errors import NotFinite, UsageError
 from engine.files import write_json
@@ -50,8 +50,8 @@ MOST_BAD = 10    # steps in a row whose numbers are not finite, then a run stops
 
 
 class Arm(NamedTuple):
-    """A method is a choice of names. One's own: a function and its line in the dict named
-    here, then a flag of the same name, or a line in ARMS."""
+    """An arm is what --method names: a choice of rules. For one of your own write a function, put
+    it into the dict named here, and choose it by its flag or by a line in ARMS."""
     root_rule: str    # key of allocator.ROOT_RULES
     prefix_rule: str  # key of allocator.PREFIX_RULES
     advantage: str    # key of tree.ADVANTAGES
@@ -87,13 +87,13 @@ class Config:
     show_tree: bool = dial(False, "basic", "print a tree, too, with each episode", free=True)
     learning_rate: float = dial(None, "method", "of the LoRA weights (default: by the model)", 0)
     num_continuations: int = dial(2, "method", "N: continuations per bare rollout", 0)
-    pool_size: int = dial(32, "method", "candidate prompts per step, of the trace rules", 1)
+    pool_size: int = dial(32, "method", "candidates (not for uniform, pcl, mopps)", 1)
     group_size: int = dial(8, "method", "leaves per prompt, about, of equal groups", 2)
     root_rule: str = dial("", "method", "stage 1 (default: the arm's)", choices=ROOT_RULES)
     prefix_rule: str = dial("", "method", "stage 2 (default: the arm's)", choices=PREFIX_RULES)
     advantage: str = dial("", "method", "credit (default: the arm's)", choices=ADVANTAGES)
     predictor: str = dial("", "method", "of success (default: the arm's)", choices=PREDICTORS)
-    four_bit: bool = dial(True, "memory", "base weights in 16 or 32 bits, not 4")  # --no-4bit
+    four_bit: bool = dial(True, "memory", "base weights in 16 or 32 bits")  # of --no-4bit
     turn_tokens: int = dial(0, "memory", "most per turn (0: by the model)", 0, MOST_TOKENS)
     context: int = dial(0, "memory", "most tokens per path (0: by the model)", 0)
     cache_tokens: int = dial(0, "memory", "of live episodes (0: what fits)", 0, free=True)
@@ -160,9 +160,9 @@ def train_step(config, state, policy, predictor, data):
 
     # 2. Stage 1: how many bare rollouts each prompt gets.
     wins, losses = state.prompts.seen(pool)
-    m = ROOT_RULES[config.root_rule](
-        Anchors(v, successes=wins, failures=losses, concentration=sure,
-                group_size=config.bare_group), num_bare, rng)
+    anchors = Anchors(v, successes=wins, failures=losses, concentration=sure,
+                      group_size=config.bare_group)
+    m = deal_roots(anchors, num_bare, config.root_rule, rng)
     roots = [root for root, count in zip(pool, m) if count]
     v, m = v[m > 0], m[m > 0]
     lap("allocate")
@@ -198,13 +198,12 @@ def train_step(config, state, policy, predictor, data):
 
     finite = not (updated["update_skipped"] or scores["predictor_skipped"])
     state.schedule.advance(len(bare), sum(map(sampled_tokens, roots)), finite)
-    predicted = mixed_prob(v, [root.num_leaves for root in roots])
+    predicted = mixed_prob(v, [root.num_leaves for root in roots])  # as if all began at the root
     return roots, {"step": step + 1, "method": config.method, "seed": config.seed,
                    "sampled_tokens": state.schedule.sampled_tokens,
-                   "coverage": state.prompts.coverage,
                    "predicted_effective_ratio": float(predicted.mean()),
-                   **tree_metrics(roots, m, bare, continuations), **scores, **updated,
-                   **lap.metrics()}
+                   "coverage": state.prompts.coverage, **scores, **updated, **lap.metrics(),
+                   **tree_metrics(roots, m, bare, continuations)}
 
 
 def draw_pool(config, state, policy, data, num_bare):
@@ -264,7 +263,7 @@ def train(config, policy, data, folder, saved=None, stopped=()):
 
     some = data.eval[:config.eval_questions]
     if journal.is_new:
-        save_run(folder, 0, known, journal, parts)
+        save_run(folder, 0, known, journal, parts)  # before it evaluates: it may be killed there
         state.schedule.guess(assess(some)["tokens"])
         save_run(folder, 0, known, journal, parts)
     todo = range(step + 1, config.steps + 1)
@@ -277,7 +276,8 @@ def train(config, policy, data, folder, saved=None, stopped=()):
         last, broken = step == config.steps, state.schedule.bad_steps >= MOST_BAD
         stop = bool(stopped)  # once: Ctrl-C may come at any moment
         if last or (config.eval_every and step % config.eval_every == 0):
-            result = assess(data.eval if last and config.final_eval_questions else some)
+            final = last and config.final_eval_questions
+            result = assess(data.eval[:final] if final else some)
             row |= {"eval_em": result["em"], "eval_f1": result["f1"]}
         journal.write("metrics", row)
         if last or stop or broken or step % config.checkpoint_every == 0:

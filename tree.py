@@ -3,9 +3,10 @@
 One tree holds all rollouts of one prompt. The root is the prompt. Every other node is one turn:
 the ids that the policy sampled, then the ids of the observation. A bare rollout is a chain that
 starts at the root. A continuation branches off at a prefix of a bare rollout and shares all that
-stands above it, so nothing is stored or computed twice.
+stands above it, so every token is stored once and trained once.
 
-Letters as in the paper: V̂(y) is `node.value`, n_y is `node.num_leaves`, Ṽ is `node.predicted`.
+Letters as in the paper: V̂(y) is `node.value`, n_y is `node.num_leaves`, Ṽ is `node.predicted`
+(allocator.py calls it v).
 """
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,8 +19,8 @@ EPSILON = 1e-6  # in divisions by a standard deviation
 @dataclass(eq=False, slots=True)
 class Node:
     """One turn of an episode; the root (depth 0) holds the prompt."""
-    ids: np.ndarray                # int32 [num_tokens] that the node adds to the path: first
-    num_sampled: int               # ... those of the policy, so many, then the observation's
+    ids: np.ndarray                # int32 [num_tokens]: what the policy wrote, then the observation
+    num_sampled: int               # how many of them the policy wrote
     state: Any                     # state of the environment after the turn, immutable
     parent: "Node | None" = None
     logprobs: np.ndarray = None    # float32 [num_sampled], of the distribution sampled from
@@ -31,9 +32,9 @@ class Node:
     value: float = None            # V̂, set by backup
     num_leaves: int = 0            # n, set by backup
     cut_observation: bool = False  # the observation was longer than allowed
-    overflowed: bool = False       # the path outgrew the context: the episode ends, reward 0
-    depth: int = 0                 # turns from the root
-    length: int = 0                # tokens of the path, this node included
+    overflowed: bool = False       # no room for another turn: the episode ends, reward 0
+    depth: int = field(init=False, default=0)   # turns from the root
+    length: int = field(init=False, default=0)  # tokens of the path, this node included
 
     def __post_init__(self):
         self.length = len(self.ids)
@@ -83,7 +84,7 @@ def leaves(root):
 
 
 class Prefix(NamedTuple):
-    """A place in a bare rollout from which it may be continued (method, stage 2)."""
+    """A place in a bare rollout from which it may be continued (stage 2)."""
     node: Node
     outcome: float    # r, the reward of the bare rollout
     tokens_left: int  # sampled tokens that the bare rollout still took from here
@@ -112,7 +113,7 @@ def sampled_tokens(root):
 # ---------------------------------------------------------------- targets
 def backup(root):
     """Set value and num_leaves everywhere: V̂(y) = (1/n_y) Σ_c n_c V̂(c), which is the mean
-    reward of the leaves under y (method, step 6)."""
+    reward of the leaves under y (step 6 of train_step)."""
     for node in reversed(nodes(root)):
         if node.is_leaf:
             node.value, node.num_leaves = node.reward, 1
