@@ -47,7 +47,7 @@ def test_a_pack_is_its_paths(policy, trees):
 
 
 ARCHITECTURES = {  # kind: what it has of its own; what is changed
-    "llama": {},     # positions rotate the halves of a head; two heads share keys and values
+    "qwen2": {},     # positions rotate the halves of a head; two heads share keys and values
     "qwen3": {},     # queries and keys are normalised
     "gemma2": {"attn_logit_softcapping": 0.05, "initializer_range": 0.3},  # capped logits
     "gpt_neox": {},  # one matrix for query, key and value; a quarter of a head rotates
@@ -103,7 +103,7 @@ def test_gradients_reach_every_layer_after_sampling(data):
     from peft.utils.integrations import dequantize_module_weight
     policy, oracle = fresh_policy(), fresh_policy(False)
     for layer, plain in zip(policy.plain, oracle.plain):
-        plain.base_layer.weight.data = dequantize_module_weight(layer.base_layer).float()
+        plain.base_layer.weight.data = dequantize_module_weight(layer.base_layer)
     root = expanded(policy, data, num=1)[0]
     found, want = (slope(each, each.logprobs(nodes(root), nodes(root)[1:]).sum())
                    for each in (policy, oracle))

@@ -123,8 +123,7 @@ def test_scored_on_what_it_has_not_seen(rule, trees):
 
 # ---------------------------------------------------------------- what it sees
 def test_nothing_privileged_among_the_features(policy, data):
-    """Other answers, gold titles, hops and kind: the same features, though the question then
-    keeps nothing but its id and text."""
+    """Other answers, gold titles, hops and kind, and with them other rewards: the same features."""
     questions = data.train[:4]
     others = [replace(question, answers=("nothing",), gold_titles=("Nowhere",), num_hops=99,
                       kind="unheard of") for question in questions]
@@ -133,8 +132,6 @@ def test_nothing_privileged_among_the_features(policy, data):
         roots = [policy.root(question, data.env) for question in some]
         grow(policy, data.env, roots, [2] * 4)
         anchors = [node for root in roots for node in nodes(root) if node.hidden is not None]
-        for node in anchors:
-            node.state = SimpleNamespace(last_missed=node.state.last_missed)
         seen.append(features(anchors))
     assert np.array_equal(seen[0].hidden, seen[1].hidden)
     assert np.array_equal(seen[0].plain, seen[1].plain)
