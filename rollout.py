@@ -38,7 +38,7 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False):
 
     `key` = (seed, step): with question and sample number it fixes every random number, so that
     episodes do not depend on how the work is split. With `keep` the trees keep their caches, as
-    far as there is room, for rollouts that start there later."""
+    far as there is room, for rollouts that start at their turns later."""
     num_children = {anchor: len(anchor.children) for anchor in anchors}
     roots = dict.fromkeys(path(anchor)[0] for anchor in anchors)  # a set that keeps its order
 
@@ -63,8 +63,9 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False):
 
     with policy.sampling():
         found = halving(policy, work, undo)
-    if not keep:
-        forget_caches(roots)
+    for root in roots:
+        if not keep or all(child.is_leaf for child in root.children):
+            forget_caches([root])
     return found
 
 

@@ -153,17 +153,17 @@ def train_step(config, state, policy, predictor, data):
 
     # 1. Draw a candidate pool of prompts, more than the budget can roll out.
     num_bare = state.schedule.num_bare()
-    pool = draw_pool(config, state, policy, data, num_bare)
-    prefill(policy, pool)
-    v, sure = predict(predictor, pool)
+    roots = draw_pool(config, state, policy, data, num_bare)
+    prefill(policy, roots)
+    v, sure = predict(predictor, roots)
     lap("predict")
 
     # 2. Stage 1: how many bare rollouts each prompt gets.
-    wins, losses = state.prompts.seen(pool)
+    wins, losses = state.prompts.seen(roots)
     anchors = Anchors(v, successes=wins, failures=losses, concentration=sure,
                       group_size=config.bare_group)
     m = deal_roots(anchors, num_bare, config.root_rule, rng)
-    roots = [root for root, count in zip(pool, m) if count]
+    roots = [root for root, count in zip(roots, m) if count]
     v, m = v[m > 0], m[m > 0]
     lap("allocate")
 

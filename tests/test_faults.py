@@ -58,7 +58,8 @@ def test_a_context_ends_where_the_encoding_of_positions_changes(tmp_path):
     ("gemma3", "more than text")])
 def test_why_a_model_cannot_be_used_is_said_in_words(tmp_path, kind, why):
     make_model(tmp_path, "llama")
-    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    sizes = {} if kind == "gemma3" else {"hidden_size": 64, "num_attention_heads": 4}
+    AutoConfig.for_model(kind, **sizes).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=why) as error:
         load_policy(Config(model=str(tmp_path), four_bit=True))
     assert "no-4bit" not in str(error.value)

@@ -180,7 +180,7 @@ def test_help_shows_every_dial_in_its_group(capsys):
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, finished):
-    record = {"_id": "twice", "question": "?", "answer": "a", "type": "bridge", "context": [],
+    record = {"_id": "twice", "question": "?", "answer": "b", "type": "bridge", "context": [],
               "supporting_facts": []}
     (tmp_path / "ids.json").write_text(json.dumps([record, record]))
     cases = [("--stepz=3", "did you mean --steps?"), ("--method=trase", "did you mean trace?"),

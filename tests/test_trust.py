@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +33,7 @@ from transformers import AutoTokenizer
 
 from allocator import ROOT_RULES
 from engine.runs import load_checkpoint
-from policy import Policy
+from engine.text import Codec
 from predictor import PREDICTORS, HeadPredictor, predict, score_and_update
 from react_env import (
     Question,
@@ -121,8 +120,8 @@ def test_a_checkpoint_of_another_run_or_model_is_refused(copy, capsys):
     assert_refused(main, [f"--resume={copy}", "--steps=5"], "other shapes", capsys)
     content["config"]["seed"] = 1
     torch.save(content, newest)
-    assert_refused(main, [f"--resume={copy}", "--eval-only"], "step-000004.pt: of another run, "
-                   "with seed 1, not 0; delete it to go on from step-000003.pt", capsys)
+    assert_refused(main, [f"--resume={copy}", "--eval-only"], "config.json says seed 0, and "
+                   "step-000004.pt 1", capsys)
 
 
 def test_what_a_run_lost_is_not_hidden(copy, capsys):
@@ -261,6 +260,7 @@ def check_texts(num):
     rng, question, special, costs = random.Random(0), Question("q", "?", (), "k", 1), [], []
     tokenizers = [AutoTokenizer.from_pretrained(HERE / "world" / "tiny"),
                   *map(make_tokenizer, FAMILIES)]
+    codecs = [Codec(tokenizer) for tokenizer in tokenizers]
     for tokenizer in tokenizers:
         special += map(str, tokenizer.added_tokens_decoder.values())
     state = ENV.reset(question)
@@ -271,8 +271,7 @@ def check_texts(num):
         state = ENV.step(state, rng.choice((action, text)))
         middle_s = time.process_time()
         shown = observation_text(state.observation)
-        policy = SimpleNamespace(tokenizer=tokenizer)
-        ids, shown_ids = Policy.encode(policy, text), Policy.encode(policy, shown)
+        ids, shown_ids = codecs[i % 4].encode(text), codecs[i % 4].encode(shown)
         costs.append((middle_s - start_s, time.process_time() - middle_s))
 
         assert len(shown) < 1000 and len(shown.splitlines()) == shown.count("\n") + 1 == 3

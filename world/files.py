@@ -8,9 +8,9 @@ from engine.files import write_aside
 from react_env import Question, Wiki
 
 # Shapes of records for _check: {field or place: shape}, [shape of every item], or a type.
-HOTPOT = {"id": str, "question": str, "answer": str | None, "type": str,  # 2Wiki too
+HOTPOT = {"id": str, "question": str, "answer": (str, type(None)), "type": str,  # 2Wiki too
           "context": [{0: str, 1: [str]}], "supporting_facts": [{0: str, 1: int}]}
-MUSIQUE = {"id": str, "question": str, "answer": str | None, "answer_aliases": [str],
+MUSIQUE = {"id": str, "question": str, "answer": (str, type(None)), "answer_aliases": [str],
            "answerable": bool,
            "paragraphs": [{"title": str, "paragraph_text": str}]}
 UNTOLD = {"answer": None, "answer_aliases": [], "answerable": True, "type": "",
@@ -100,8 +100,9 @@ def _unfold(record):
     for name, value in record.items():
         if name in NESTED and isinstance(value, str):
             value = json.loads(value)
-        if name in NESTED and isinstance(value, dict):
-            rows = zip(*value.values())
+        columns = value.values() if isinstance(value, dict) else ()
+        if name in NESTED and columns and all(isinstance(column, list) for column in columns):
+            rows = zip(*columns)
             value = [dict(zip(value, row)) if name == "paragraphs" else row for row in rows]
         if value is not None:
             told["id" if name == "_id" else name] = value
@@ -118,11 +119,12 @@ def _check(value, shape, where):
                 raise UsageError(f"{where}: field '{name}' is missing") from None
             _check(inner, shape[name], f"{where}: field '{name}'")
     elif isinstance(shape, list):
-        _check(value, list | tuple, where)
+        _check(value, (list, tuple), where)
         for i, item in enumerate(value):
             _check(item, shape[0], f"{where}[{i}]")
     elif not isinstance(value, shape):
-        raise UsageError(f"{where} is not a {getattr(shape, '__name__', shape)}")
+        name = shape[0].__name__ if isinstance(shape, tuple) else shape.__name__
+        raise UsageError(f"{where} is not a {name}")
 
 
 def write_predictions(folder, questions, predictions):
