@@ -1,7 +1,6 @@
 """The policy: a causal LM in 4 bits with LoRA adapters. Its text, its log-probs, its update.
 
-Sampling is in rollout.py. Shapes: N tokens of all rows end to end, R rows of a cache, T tokens of
-the longest row, S columns, W width, V vocabulary.
+Sampling is in rollout.py. Shapes: N tokens, W width, V vocabulary.
 """
 from typing import NamedTuple
 
@@ -10,10 +9,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engine.attention import pack
+from engine.caches import feed_cache
 from engine.errors import UsageError, first_line
 from engine.files import fingerprint_of_weights, model_folder
-from engine.loading import (check_logits, check_vocabulary, import_bitsandbytes,
-                            knows_bare_prompt, load_model, steady_context)
+from engine.loading import (adapter_weights, check_logits, check_vocabulary, import_bitsandbytes,
+                            knows_bare_prompt, load_model, set_adapter, steady_context)
 from engine.memory import best_device, plain_layers, plan_memory
 from engine.sampling import sampling_mode
 from engine.text import Codec
@@ -86,14 +86,9 @@ class Policy:
         if self.plan.checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
 
-        chat = bool(tokenizer.chat_template) and not bare_prompt
-        self.before, self.behind, tag = self.codec.prompt(not bare_prompt, chat)
-        self.notice += tag
-        room = self.context - len(self.before) - len(self.behind)
-        if not bare_prompt and room < 4 * self.turn_tokens:
-            self.before, self.behind, _ = self.codec.prompt(False, chat)
-            self.notice += ("\nthe examples of the prompt do not fit into a context of "
-                            f"{self.context} tokens: prompting with the bare question")
+        self.before, self.behind, told = self.codec.prompt(
+            bare_prompt, self.context - 4 * self.turn_tokens)
+        self.notice += told
         if bare_prompt and config.data != "toy":
             self.notice += ("\nthis policy knows the toy wiki only: --model names another for "
                             "other questions")
@@ -122,24 +117,8 @@ class Policy:
 
     # ------------------------------------------------------------ forward passes
     def forward(self, ids, rows, starts, cache):
-        """Feed lists of ids, ids[i] to row rows[i] of the cache from column starts[i] on -> last
-        hidden states [N, W] of all N tokens, list by list."""
-        counts = list(map(len, ids))
-        slots = np.concatenate([np.arange(count) for count in counts])  # of a token in its row
-        columns = np.repeat(starts, counts) + slots
-        width = max(cache.width, columns.max() + 1)
-        first = np.zeros(cache.num_rows, int)  # of each row, the first column that is fed
-        first[rows] = starts
-        packed_rows = np.repeat(rows, counts)
-        first, packed_rows, slots, columns, ids = (
-            torch.as_tensor(x, device=self.device)
-            for x in (first, packed_rows, slots, columns, np.concatenate(ids)))
-        cache.place(packed_rows, columns, width)
-        latest = first[:, None] + torch.arange(max(counts), device=self.device)  # [R, T]
-        mask = torch.arange(width, device=self.device) <= latest[:, None, :, None]
-        return self.body(input_ids=ids[None], position_ids=columns[None], use_cache=True,
-                         attention_mask=mask,  # [R, 1, T, S]
-                         places=(packed_rows, slots), cache=cache).last_hidden_state[0]
+        """Feed lists of ids to rows of a cache -> last hidden states [N, W] (engine/caches.py)."""
+        return feed_cache(self.body, ids, rows, starts, cache)
 
     def logits(self, hidden):
         """Hidden states [..., W] -> logits [..., V] over the words of the tokenizer."""
@@ -229,23 +208,14 @@ class Policy:
 
     # ------------------------------------------------------------ state
     def state_dict(self):
-        """LoRA weights and optimiser state, for checkpoints."""
-        from peft import get_peft_model_state_dict
-        return {"adapter": get_peft_model_state_dict(self.model, save_embedding_layers=False),
-                "optimizer": self.optimizer.state_dict(),
-                "prompt": [list(self.before), list(self.behind)]}
+        """LoRA weights, optimiser state and prompt, for checkpoints."""
+        return {"adapter": adapter_weights(self.model), "optimizer": self.optimizer.state_dict(),
+                "prompt": [self.before, self.behind]}
 
     def load_state_dict(self, state):
-        from peft import set_peft_model_state_dict
-        if shapes(state["adapter"]) != shapes(self.state_dict()["adapter"]):
-            raise UsageError("the checkpoint was made with a model of other shapes")
-        set_peft_model_state_dict(self.model, state["adapter"])
+        set_adapter(self.model, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.before, self.behind = state.get("prompt", (self.before, self.behind))
-
-
-def shapes(weights):
-    return {name: weight.shape for name, weight in weights.items()}
 
 
 def load_policy(config):

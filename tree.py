@@ -33,8 +33,8 @@ class Node:
     num_leaves: int = 0            # n, set by backup
     cut_observation: bool = False  # the observation was longer than allowed
     overflowed: bool = False       # no room for another turn: the episode ends, reward 0
-    depth: int = field(init=False, default=0)   # turns from the root
-    length: int = field(init=False, default=0)  # tokens of the path, this node included
+    depth: int = 0                 # turns from the root
+    length: int = 0                # tokens of the path, this node included
 
     def __post_init__(self):
         self.length = len(self.ids)

@@ -1,6 +1,31 @@
-"""Which trees hold on to which caches: a node's `cache` is (RaggedCache, row), or None."""
+"""Feeding caches, and which trees hold on to them: a node's `cache` is (RaggedCache, row)."""
+import numpy as np
+import torch
+
 from engine.sampling import RaggedCache
 from tree import nodes
+
+
+def feed_cache(body, ids, rows, starts, cache):
+    """Feed lists of ids, ids[i] to row rows[i] of the cache from column starts[i] on -> last
+    hidden states [N, W] of all N tokens, list by list. R rows, T tokens of the longest list, S
+    columns."""
+    counts, device = list(map(len, ids)), body.device
+    slots = np.concatenate([np.arange(count) for count in counts])  # of a token in its list
+    columns = np.repeat(starts, counts) + slots
+    width = max(cache.width, columns.max() + 1)
+    first = np.zeros(cache.num_rows, int)  # of each row, the first column that is fed
+    first[rows] = starts
+    packed_rows = np.repeat(rows, counts)
+    first, packed_rows, slots, columns, ids = (
+        torch.as_tensor(x, device=device)
+        for x in (first, packed_rows, slots, columns, np.concatenate(ids)))
+    cache.place(packed_rows, columns, width)
+    latest = first[:, None] + torch.arange(max(counts), device=device)  # [R, T]
+    mask = torch.arange(width, device=device) <= latest[:, None, :, None]
+    return body(input_ids=ids[None], position_ids=columns[None], use_cache=True,
+                attention_mask=mask,  # [R, 1, T, S]
+                places=(packed_rows, slots), cache=cache).last_hidden_state[0]
 
 
 def fork(standing):

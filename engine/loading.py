@@ -178,3 +178,20 @@ def import_bitsandbytes():
         del sys.modules["kernels"]
         if hidden is not None:
             sys.modules["kernels"] = hidden
+
+
+# ---------------------------------------------------------------- adapters
+def adapter_weights(model):
+    """{name: tensor}. (Left to find out whether embeddings belong to them, peft asks the hub.)"""
+    from peft import get_peft_model_state_dict
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def set_adapter(model, weights):
+    from peft import set_peft_model_state_dict
+    shapes = []
+    for some in (weights, adapter_weights(model)):
+        shapes.append({name: weight.shape for name, weight in some.items()})
+    if shapes[0] != shapes[1]:
+        raise UsageError("the checkpoint was made with a model of other shapes")
+    set_peft_model_state_dict(model, weights)

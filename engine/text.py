@@ -60,18 +60,29 @@ class Codec:
                 raise UsageError(f"its tokenizer does not keep text: {text!r} becomes "
                                  f"{self.decode(ids)!r}")
 
-    def prompt(self, few_shot, chat):
-        """-> (ids before the question, ids behind it, a notice or ""). The question is encoded
-        apart, as plain text; a template's own special tokens stay special.
+    def prompt(self, bare, room):
+        """-> (ids before the question, ids behind it, what is to be told about them). Without the
+        examples where it is to be `bare`, or where they take more than `room` tokens.
 
-        With `chat` all stands in one user turn (some templates, Gemma's, refuse a system role),
-        and the assistant's turn begins with "Thought:"."""
-        text, start, notice = (FEW_SHOT if few_shot else "") + prompt_text(SLOT), [], ""
+        The question is encoded apart, as plain text; a template's own special tokens stay special.
+        Where there is a chat template, all stands in one user turn (some templates, Gemma's,
+        refuse a system role), and the assistant's turn begins with "Thought:". (Models that were
+        taught the bare prompt know no template.)"""
+        chat = bool(self.tokenizer.chat_template) and not bare
+        before, behind, told = self.pieces(FEW_SHOT if not bare else "", chat)
+        if not bare and len(before) + len(behind) > room:
+            before, behind, told = self.pieces("", chat)
+            told += "\nthe examples do not fit into the context: prompting with the bare question"
+        return before, behind, told
+
+    def pieces(self, examples, chat):
+        """The same, as it comes."""
+        text, start, told = examples + prompt_text(SLOT), [], ""
         if chat:
             said, thought = text.rsplit("\n", 1)
             text = self.render(add_generation_prompt=True, user=said)
             if tag := OPEN_TAG.search(text):
-                notice = f"\nthe chat template leaves <{tag[1]}> open before the first thought"
+                told = f"\nthe chat template leaves <{tag[1]}> open before the first thought"
             text += thought
         elif self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]:
             start = [self.tokenizer.bos_token_id]
@@ -79,7 +90,7 @@ class Codec:
             raise UsageError("the chat template does not show what the user says, once")
         before, behind = text.split(SLOT.text)
         before = self.tokenizer(before.removesuffix(" "), add_special_tokens=False).input_ids
-        return start + before, self.template.encode(behind).ids, notice
+        return start + before, self.template.encode(behind).ids, told
 
     def end_of_turn(self):
         """Ids, at most one, with which the chat template ends what the assistant says."""
