@@ -34,7 +34,7 @@ def nearest(word, words):
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def dial(default, group, text, low=None, high=None, choices=(), free=False):
+def dial(default, group, text, low=0, high=1e12, choices=(), free=False):
     """A field of a dataclass that is a flag: its group in --help, its text, its bounds; `free`
     if it may change when a run goes on."""
     return dataclasses.field(default=default, metadata={
@@ -75,12 +75,9 @@ def check_dials(config):
         if limits["choices"] and value not in limits["choices"]:
             raise UsageError(f"{flag_of(field.name)} {value}: choose from "
                              f"{', '.join(limits['choices'])}{nearest(value, limits['choices'])}")
-        too_low = limits["low"] is not None and not value >= limits["low"]
-        too_high = limits["high"] is not None and not value <= limits["high"]
-        if too_low or too_high:
-            most = "" if limits["high"] is None else f" and at most {limits['high']:g}"
-            raise UsageError(f"{flag_of(field.name)} must be at least {limits['low']}{most}, "
-                             f"got {value}")
+        if field.type in (int, float) and not limits["low"] <= value <= limits["high"]:
+            raise UsageError(f"{flag_of(field.name)} must be from {limits['low']} to "
+                             f"{limits['high']:g}, got {value}")
 
 
 def own_dials(config):

@@ -33,7 +33,7 @@ def fresh_folder(config):
     """A path for a new run: its --out, which must not hold one, or a new name in runs/."""
     out = config.out
     if out:
-        if any((Path(out) / file).exists() for file in ("config.json", "metrics.jsonl")):
+        if (Path(out) / "config.json").exists():
             raise UsageError(f"--out {out}: holds a run already; --resume {out} goes on with it")
         return Path(out)
     name = f"{config.method}-{Path(config.data).stem}-s{config.seed}"

@@ -106,23 +106,24 @@ def is_held_out(question):
 def summarise(questions, scores, first=None):
     """Means of scores, {question id: {em, f1}}: em, em_first (of the `first` questions), f1 (all
     0 to 1), and em by hop count, by kind and by trap (toy questions name the traps they hold)."""
-    groups = {"by_hops": defaultdict(list), "by_kind": defaultdict(list),
-              "by_trap": defaultdict(list)}
-    questions = [question for question in questions if question.answers]
-    if not questions:  # a test split
-        return {"num_questions": 0, "em": None, "em_first": None, "f1": None, "by_hops": {}}
+    questions = [question for question in questions if question.answers]  # none in a test split
     em = [scores[question.id]["em"] for question in questions]
     f1 = [scores[question.id]["f1"] for question in questions]
+    groups = defaultdict(list)
     for question, right in zip(questions, em):
-        groups["by_hops"][str(question.num_hops)].append(right)
-        groups["by_kind"][question.kind].append(right)
+        groups["by_hops", str(question.num_hops)].append(right)
+        groups["by_kind", question.kind].append(right)
         for trap in getattr(question, "traps", ()):
-            groups["by_trap"][trap].append(right)
-    means = {"num_questions": len(questions), "em": float(np.mean(em)),
-             "em_first": float(np.mean(em[:first])), "f1": float(np.mean(f1))}
-    for name, found in groups.items():
-        means[name] = {group: float(np.mean(found[group])) for group in sorted(found)}
+            groups["by_trap", trap].append(right)
+    means = {"num_questions": len(questions), "em": mean(em), "em_first": mean(em[:first]),
+             "f1": mean(f1), "by_hops": {}, "by_kind": {}, "by_trap": {}}
+    for name, group in sorted(groups):
+        means[name][group] = mean(groups[name, group])
     return means
+
+
+def mean(values):
+    return float(np.mean(values)) if values else None
 
 
 class Prompts:
