@@ -16,6 +16,9 @@ from tree import backup, leaves, nodes, prefixes
 from world.questions import load_data
 
 torch.set_num_threads(1)  # two threads on work as small as this mostly wait for each other
+TINY = ["--eval-questions=4", "--pool-size=2", "--budget=40", "--num-continuations=1",
+        "--group-size=2"]  # of runs with many steps
+ADAPTER = "adapter/adapter_model.safetensors"
 SMALL = bool(os.environ.get("TRACE_MINI_SMALL"))  # the long tests in the size of .ci/run
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -97,6 +100,13 @@ def metrics(folder):
 
 def timeless(row):
     return {k: v for k, v in row.items() if not k.startswith(("time_", "memory_"))}
+
+
+def assert_same_numbers(folder, other):
+    """Of two runs: metrics, but for times and memory, evaluations, predictions, adapters."""
+    assert list(map(timeless, metrics(folder))) == list(map(timeless, metrics(other)))
+    for name in ("evals.jsonl", "predictions.json", ADAPTER):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def assert_refused(main, arguments, word, capsys):

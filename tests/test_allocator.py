@@ -60,20 +60,11 @@ def test_mixed_prob_is_2u_3u_and_4u_minus_2u_squared():
     np.testing.assert_allclose(values, [0 * u, 0 * u, 2 * u, 3 * u, 4 * u - 2 * u**2], atol=1e-15)
 
 
-@pytest.mark.parametrize("v, r, k, expected", [
-    (0.9, 1, 0, 0.0),  # no continuation flips nothing
-    (1.0, 1, 3, 0.0),  # the outcome is certain to repeat
-    (0.0, 1, 1, 1.0),  # a success where none was thought possible
-    (0.9, 0, 1, 0.9),  # a surprising failure
-    (0.9, 1, 2, 0.19)])  # an expected success
-def test_flip_prob(v, r, k, expected):
-    assert flip_prob(v, r, k) == pytest.approx(expected, abs=1e-15)
-
-
-def test_unknown_odds_are_worth_less_than_known_even_odds():
-    """Beta(1, 1), Beta(11, 11) and, as good as certain, one half."""
-    counts = np.array([1, 11, 1e9])
-    assert expected_mixed_prob(counts, counts, 4).round(3).tolist() == [0.6, 0.842, 0.875]
+def test_flip_prob():
+    """Nothing is tried; sure to repeat; thought impossible; a surprising failure; an expected
+    success, twice."""
+    found = flip_prob([0.9, 1.0, 0.0, 0.9, 0.9], [1, 1, 1, 0, 1], [0, 3, 1, 1, 2])
+    assert found == pytest.approx([0, 0, 1, 0.9, 0.19], abs=1e-15)
 
 
 @pytest.mark.parametrize("a, b", [(1, 1), (0.3, 2.5), (11, 11)])
@@ -94,12 +85,9 @@ def test_roots_are_optimal_among_all_allocations(v, budget, cap):
 
 
 @pytest.mark.parametrize("v, budget, m", [
-    ([0.5], 1, [0]),                        # one rollout has no contrast
-    ([0.5], 2, [2]),
     ([0.5, 0.5], 3, [3, 0]),                # 3 on one, not 2 + 1
     ([0.5, 0.5, 0.5], 7, [3, 2, 2]),        # greedy by gain per rollout: 4 3 0
     ([0.3] * 6, 12, [3, 3, 3, 3, 0, 0]),    # ties with six pairs
-    ([0.9, 0.5, 0.2, 0.6, 0.1, 0.4], 9, [0, 3, 0, 3, 0, 3]),  # large pool: threes
     ([0.9, 0.7, 0.5], 6, [0, 3, 3]),        # small pool: the middle first,
     ([0.9, 0.7, 0.5], 10, [2, 4, 4]),       # then larger groups on it,
     ([0.9, 0.7, 0.5], 24, [12, 7, 5]),      # at last more on the edges
@@ -128,7 +116,6 @@ def test_prefixes_are_optimal_among_all_allocations(prefixes, budget, cap):
 
 
 @pytest.mark.parametrize("v, r, budget, k", [
-    ([0.1, 0.5, 0.9], [1, 1, 1], 2, [1, 1, 0]),  # gains .9 .09 | .5 .25 | .1 .09
     ([0.1, 0.5, 0.9], [0, 0, 0], 2, [0, 1, 1]),  # chases surprise, not v = 0.5
     ([0.5, 0.5], [0, 1], 5, [3, 2]),             # equal gains: earlier first
     ([1.0, 1.0, 1.0], [1, 1, 1], 7, [3, 2, 2]),  # nothing to gain: spread evenly
@@ -140,13 +127,9 @@ def test_prefix_table(v, r, budget, k):
 
 # ---------------------------------------------------------------- errors
 @pytest.mark.parametrize("name, function, arguments", [
-    ("v", mixed_prob, (1.5, 2)),
-    ("v", flip_prob, (-0.1, 1, 2)),
     ("r", flip_prob, (0.5, 0.5, 2)),
     ("v", allocate_roots, ([0.5, np.nan], 4)),
-    ("budget", allocate_roots, ([0.5], -1)),
     ("budget", allocate_roots, ([0.5], 4.0)),
-    ("cap", allocate_roots, ([0.5], 4, -2)),
     ("r", expand_prefixes, ([0.5, 0.5], [1], 4)),
     ("cap", expand_prefixes, ([0.5], [1], 4, -1))])
 def test_errors_name_the_argument(name, function, arguments):
@@ -176,7 +159,7 @@ def test_prefix_rules_keep_the_budget(rule, n, budget):
 
 
 @pytest.mark.parametrize("budget, m", [
-    (6, [2, 0, 4]), (14, [5, 4, 5]), (99, [CAP] * 3),
+    (6, [2, 0, 4]), (14, [5, 4, 5]),
     (5, [0, 0, 4])])  # a lone rollout that is left over is dropped
 def test_equal_groups_of_four(budget, m):
     """Lowest score first: the third prompt, then the first."""
@@ -192,9 +175,7 @@ def test_uniform_visits_every_prompt_equally_often():
 
 @pytest.mark.parametrize("rule, m", [
     ("pcl", [3, 0, 0]),  # by the prediction
-    ("mopps", [0, 3, 0]),  # by the counts
-    ("knapsack", [0, 0, 3]),  # leans to the hard prompt
-    ("trace", [3, 0, 0])])
+    ("mopps", [0, 3, 0])])  # by the counts
 def test_which_root_a_rule_prefers(rule, m):
     pool = Anchors(np.array([0.52, 0.95, 0.4]), successes=np.array([500.0, 250, 0]),
                    failures=np.array([0.0, 250, 500]))

@@ -1,10 +1,8 @@
 """The tool that measures, with tiny settings; and what it measures against computes the same."""
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import expanded, fresh_policy, gradient_of
 
 from allocator import allocate_roots, mixed_prob
@@ -25,25 +23,6 @@ def test_a_whole_run_goes_to_the_file(tmp_path, monkeypatch):
     bench.main([])
     assert json.loads((tmp_path / "results" / "bench.json").read_text()) == rows
     assert [row["ratio"] for row in rows] == [2, 2] and rows[0]["spread"] == [1, 4]
-
-
-def test_what_fits_on_a_card(monkeypatch):
-    """On one of 12 GiB: a larger card gives no row, and what does not fit a zero."""
-    def cap(share):
-        shares.append(share)
-        if share > 1:
-            raise ValueError
-        if share < 0.9:
-            raise torch.OutOfMemoryError("out of memory")
-    shares, here = [], SimpleNamespace(total_memory=12 * 2 ** 30)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: here)
-    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", cap)
-    for name, value in (("still_policy", list), ("two_steps", lambda *loaded: [70.0]),
-                        ("make_model", print), ("SHAPES", {"3B": ()}),
-                        ("alone", lambda work, *arguments: work(*arguments))):
-        monkeypatch.setattr(bench, name, value)
-    assert [row["ours"] for row in bench.cards({})] == [70, 0, 0]
-    assert shares[-1] == 5.4 / 12
 
 
 @pytest.mark.long

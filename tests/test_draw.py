@@ -8,9 +8,8 @@ import pytest
 from matplotlib.transforms import Bbox
 
 from engine.draw import Picture, draw_curve, draw_cycle, draw_tree, tree_text
-from lab.pictures import draw_arms
-from tree import Node, backup
-from world.example import ENV, QUESTION, RIGHT, example_tree, play, wrote
+from tree import backup
+from world.example import ENV, RIGHT, example_tree, play, wrote
 
 
 def full_tree():
@@ -51,20 +50,6 @@ def test_pyplot_stays_out():
     """pyplot would pick a backend, and could open a window."""
     code = "import engine.draw, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_arms(monkeypatch):
-    """A panel per world, a colour per name, and a seed that collapsed flattens nothing."""
-    rows = []
-    for seed, arm in enumerate(["trace", "grpo@2", *["grpo"] * 9]):
-        for tokens, score in (9, 0.6 if seed else 0), (0, 0.4), (7, np.nan):
-            rows.append({"arm": arm, "seed": seed, "sampled_tokens": tokens, "em": score})
-    monkeypatch.setattr(Picture, "write", lambda figure, file: figure)
-    first, second = draw_arms(rows, "", "em").axes
-    grpo, trace = first.lines
-    assert first.get_ylim() == second.get_ylim() == (35, 65)
-    assert (trace.get_ydata()[-1], grpo.get_ydata()[-1]) == (0, 60)
-    assert trace.get_color() != grpo.get_color() == second.lines[0].get_color()
 
 
 def test_the_cycle_marks_the_present_steps():
@@ -117,10 +102,3 @@ def test_tree_shows_what_it_should():
     assert [line.get_linestyle() for line in first.lines].count("--") == 8
     second = draw_tree(full_tree(), wrote, "title", "predicted").axes[0]
     assert {".40", ".90"} <= {text.get_text() for text in second.texts}
-
-
-def test_trees_before_any_rollout_and_before_backup():
-    root = Node(np.zeros(9, np.int32), 0, ENV.reset(QUESTION))
-    for sample in range(2):
-        assert "(question)" in tree_text(root, wrote) and draw_tree(root, wrote)
-        play(str.encode, root, sample, RIGHT)

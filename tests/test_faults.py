@@ -4,27 +4,31 @@ import shutil
 
 import pytest
 import torch
-from conftest import SHARED, assert_refused, make_model
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
-                          PreTrainedTokenizerFast)
+from conftest import assert_refused, make_model
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from engine.errors import UsageError
+from engine.runs import check_inputs
 from policy import load_policy
-from engine.examples import FEW_SHOT
 from react_env import Question, ReActEnv, Wiki, parse_action, split_completion
 from trace_mini import Config, main
 from world.files import load_questions
 
-FAULTS = SHARED.parent / "faults"
-SMALL = ["--method", "grpo", "--budget", "300", "--eval-questions", "5"]
+
+@pytest.fixture
+def faults(shared_data):
+    return shared_data.parent / "faults"
 
 
-@pytest.fixture(scope="module")
-def faults():
-    if not FAULTS.is_dir():
-        pytest.skip(f"no sample files at {FAULTS}")
-    return FAULTS
+def run(*flags):
+    return main(["--method=grpo", "--budget=300", "--eval-questions=5", *flags])
 
 
 def of_model(folder, kind="llama", change=lambda tokenizer: None, **shape):
@@ -33,7 +37,7 @@ def of_model(folder, kind="llama", change=lambda tokenizer: None, **shape):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     change(tokenizer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end_of_text|>",
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token,
         chat_template=tokenizer.chat_template).save_pretrained(folder)
     return load_policy(Config(model=str(folder), four_bit=False, turn_tokens=8))
 
@@ -48,8 +52,7 @@ def test_a_context_ends_where_the_encoding_of_positions_changes(tmp_path):
     assert policy.context <= 128 and "encoding of positions" in policy.notice
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
             "original_max_position_embeddings": 128}
-    policy = of_model(tmp_path / "yarn", "llama", rope_parameters=yarn,
-                      max_position_embeddings=512)
+    policy = of_model(tmp_path / "yarn", rope_parameters=yarn, max_position_embeddings=512)
     assert policy.context == 512 and "positions" not in policy.notice
 
 
@@ -58,26 +61,23 @@ def test_a_context_ends_where_the_encoding_of_positions_changes(tmp_path):
     ("gemma3", "more than text")])
 def test_why_a_model_cannot_be_used_is_said_in_words(tmp_path, kind, why):
     make_model(tmp_path, "llama")
-    sizes = {} if kind == "gemma3" else {"hidden_size": 64, "num_attention_heads": 4}
-    AutoConfig.for_model(kind, **sizes).save_pretrained(tmp_path)
+    AutoConfig.for_model(kind, hidden_size=64, num_attention_heads=4).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=why) as error:
         load_policy(Config(model=str(tmp_path), four_bit=True))
     assert "no-4bit" not in str(error.value)
 
 
 def test_a_tokenizer_must_fit_the_weights(tmp_path, capsys):
-    make_model(tmp_path / "m", "llama", vocab_size=300)
-    assert_refused(main, ["--model", str(tmp_path / "m"), "--out", str(tmp_path / "run")],
-                   "do not belong together", capsys)
-    assert not (tmp_path / "run").exists()
+    model, out = make_model(tmp_path / "m", "llama", vocab_size=300), tmp_path / "run"
+    assert_refused(main, [f"--model={model}", f"--out={out}"], "do not belong together", capsys)
+    assert not out.exists()
 
 
 def test_holes_in_a_vocabulary_are_never_sampled(tmp_path):
     """Ids that no text stands for, between others."""
     def change(tokenizer):
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        words = state["model"]["vocab"]
-        words["hole-behind"] = len(tokenizer) + 5
+        state["model"]["vocab"]["hole-behind"] = len(tokenizer) + 5
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     policy = of_model(tmp_path, change=change)
     logprobs = policy.logits(torch.randn(1, 64)).log_softmax(-1)[0]
@@ -87,22 +87,18 @@ def test_holes_in_a_vocabulary_are_never_sampled(tmp_path):
 
 
 def test_files_that_are_quantised_already_are_said_to_be(tmp_path):
-    make_model(tmp_path / "m", "llama")
-    quantised = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "m", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    quantised.save_pretrained(tmp_path / "q")
-    for file in (tmp_path / "m").glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "q")
-    policy = load_policy(Config(model=str(tmp_path / "q"), four_bit=False))
-    assert "quantised already" in policy.notice
+    model = make_model(tmp_path)
+    AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=BitsAndBytesConfig(load_in_4bit=True)).save_pretrained(model)
+    assert "quantised already" in load_policy(Config(model=model, four_bit=False)).notice
 
 
 # ---------------------------------------------------------------- text
-@pytest.mark.parametrize("text", ["Is <tool_call> a tag?", "<think> or </s> or <|im_end|>"])
-def test_no_added_token_comes_out_of_data(tmp_path, text):
+def test_no_added_token_comes_out_of_data(tmp_path):
     """Special or not: a flag of the tokenizer does not say what a token does."""
     policy = of_model(tmp_path, change=lambda tokenizer: tokenizer.add_tokens(
-        ["<tool_call>", "<think>"]), vocab_size=600)
+        ["<tool_call>", "<think>"]))
+    text = "Is <tool_call> a tag? <think> or </s> or <|eot_id|>"
     ids = policy.encode(text)
     assert not set(ids) & set(policy.tokenizer.added_tokens_decoder)
     assert policy.text(ids) == text
@@ -112,27 +108,16 @@ def test_no_added_token_comes_out_of_data(tmp_path, text):
 def test_pieces_of_a_transcript_join_as_they_are_written(tmp_path, before):
     """Some tokenizers put a space before every text that they are given."""
     def change(tokenizer):
-        bpe = Tokenizer(models.BPE(byte_fallback=True))
-        bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                         decoders.Fuse()])
+        inside = tokenizer._tokenizer
         if before == "prepend":
-            bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
-                                                   normalizers.Replace(" ", "▁")])
+            inside.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), inside.normalizer])
         elif before == "prefix_space":
-            bpe = Tokenizer(models.BPE())
-            bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-            bpe.decoder = decoders.ByteLevel()
+            inside.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         else:
-            bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=before, split=False)
-        bytes_ = [f"<0x{i:02X}>" for i in range(256)] if before != "prefix_space" else []
-        bpe.train_from_iterator([FEW_SHOT], trainers.BpeTrainer(
-            vocab_size=700, show_progress=False, special_tokens=bytes_,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-        tokenizer._tokenizer = bpe
-    policy = of_model(tmp_path, change=change, vocab_size=1200)
+            inside.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=before, split=False)
+    policy = of_model(tmp_path, "llama" if before == "prefix_space" else "gemma2", change)
     pieces = ["x", "\nThought:", " I look.\nAction: Search[A]", "\nObservation: B."]
-    ids = sum(map(policy.encode, pieces), [])
-    assert policy.text(ids) == "".join(pieces)
+    assert policy.text(sum(map(policy.encode, pieces), [])) == "".join(pieces)
 
 
 def test_a_tokenizer_that_changes_text_is_refused(tmp_path):
@@ -142,22 +127,17 @@ def test_a_tokenizer_that_changes_text_is_refused(tmp_path):
         of_model(tmp_path, change=lower)
 
 
-TODAY = "Today is {{ strftime_now('%d %B %Y, %H:%M') }}. "
-
-
 def test_a_prompt_is_the_same_on_every_day(tmp_path):
+    """And a resumed run keeps its own."""
     def dated(tokenizer):
-        tokenizer.chat_template = TODAY + tokenizer.chat_template
+        tokenizer.chat_template = ("Today is {{ strftime_now('%d %B %Y, %H:%M') }}. "
+                                   + tokenizer.chat_template)
     policy = of_model(tmp_path, change=dated)
     assert "26 Jul 2024" in policy.text(policy.before)
-
-
-def test_a_resumed_run_keeps_its_prompt(tmp_path):
-    policy = of_model(tmp_path)
-    saved = policy.state_dict()
+    saved, before = policy.state_dict(), policy.before
     policy.before = [1, 2, 3]
     policy.load_state_dict(saved)
-    assert policy.before == saved["prompt"][0] != [1, 2, 3]
+    assert policy.before == before
 
 
 def test_a_tag_that_the_template_leaves_open_is_told(tmp_path):
@@ -187,52 +167,48 @@ def test_an_answer_that_is_nothing_earns_nothing():
     ("musique-full.jsonl", "20 questions have no"),
     ("hub-hotpot.json", ""), ("hub-2wiki.jsonl", "")])
 def test_records_that_cannot_be_used_end_no_run(faults, tmp_path, capsys, file, said):
-    assert main(["--data", str(faults / file), "--steps", "1", "--out", str(tmp_path / "run"),
-                 *SMALL]) == 0
+    assert run(f"--data={faults}/{file}", "--steps=1", f"--out={tmp_path}") == 0
     out = capsys.readouterr().out
     assert said in out and "knows the toy wiki only" in out and "questions after" in out
 
 
 def test_a_file_without_any_answer_is_one_line(faults, tmp_path, capsys):
-    assert_refused(main, ["--data", str(faults / "empty-answer.json"), "--out",
-                          str(tmp_path / "run"), *SMALL], "no question that has an answer", capsys)
+    assert_refused(main, [f"--data={faults}/empty-answer.json", f"--out={tmp_path}"],
+                   "no question that has an answer", capsys)
 
 
 def test_a_test_split_gets_predictions_without_scores(faults, tmp_path, capsys):
-    assert main(["--data", str(faults / "hotpot-test.json"), "--eval-only", "--out",
-                 str(tmp_path)]) == 0
+    assert main([f"--data={faults}/hotpot-test.json", "--eval-only", f"--out={tmp_path}"]) == 0
     assert "without scores" in capsys.readouterr().out
     assert json.loads((tmp_path / "predictions.json").read_text())["answer"]["t0"] is not None
 
 
 def test_columns_are_read_as_rows(tmp_path):
     """MuSiQue as the datasets library writes it: paragraphs by column."""
-    record = {"id": "2hop__1", "question": "Who?", "answer": "Ana", "answer_aliases": [],
-              "answerable": True, "paragraphs": {"idx": [0], "title": ["Ost"], "paragraph_text": [
-                  "Ana founded Ost."], "is_supporting": [True]}}
-    (tmp_path / "m.jsonl").write_text(json.dumps(record) + "\n")
+    record = {"id": "2hop__1", "question": "Who?", "answer": "Ana", "paragraphs": {
+        "title": ["Ost"], "paragraph_text": ["Ana founded Ost."], "is_supporting": [True]}}
+    (tmp_path / "m.jsonl").write_text(json.dumps(record))
     [question], wiki = load_questions(tmp_path / "m.jsonl")
     assert question.gold_titles == ("Ost",) and wiki.text("Ost") == "Ana founded Ost."
 
 
 def test_inputs_are_known_by_content(faults, tmp_path, capsys, monkeypatch):
     """A data file was replaced by another; or the run goes on in another folder."""
-    shutil.copy(faults / "hub-hotpot.json", tmp_path / "mine.json")
+    file, config = tmp_path / "mine.json", tmp_path / "run" / "config.json"
+    shutil.copy(faults / "hub-hotpot.json", file)
     monkeypatch.chdir(tmp_path)
-    run = str(tmp_path / "run")
-    assert main(["--data", "mine.json", "--steps", "1", "--out", run, *SMALL]) == 0
+    assert run("--data=mine.json", "--steps=1", "--out=run") == 0
     monkeypatch.chdir("/")
-    assert main(["--resume", run, "--steps", "2"]) == 0
+    resume = [f"--resume={config.parent}", "--steps=3"]
+    assert main([*resume, "--steps=2"]) == 0
     capsys.readouterr()
-    shutil.copy(faults / "one-overlong.json", tmp_path / "mine.json")
-    assert_refused(main, ["--resume", run, "--steps", "3"], "the questions are not those", capsys)
-    text = (tmp_path / "run" / "config.json").read_text()
-    (tmp_path / "run" / "config.json").write_text(text.replace('"budget": 300', '"budget": 400'))
-    assert_refused(main, ["--resume", run, "--steps", "3"], "put 300 back", capsys)
+    shutil.copy(faults / "one-overlong.json", file)
+    assert_refused(main, resume, "the questions are not those", capsys)
+    config.write_text(config.read_text().replace('"budget": 300', '"budget": 400'))
+    assert_refused(main, resume, "put 300 back", capsys)
 
 
 def test_an_old_checkpoint_goes_on_unchecked(tmp_path, capsys):
-    from engine.runs import check_inputs
     check_inputs(tmp_path, {}, {"weights": "1"})
     assert "were not checked" in capsys.readouterr().out
     with pytest.raises(UsageError, match="the weights are not those"):

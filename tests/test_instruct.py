@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.errors import UsageError
 from engine.examples import FEW_SHOT
-from engine.loading import QUIET, compute_dtype
+from engine.loading import QUIET
 from engine.memory import free_bytes
 from engine.runs import save_adapter
 from policy import load_policy
@@ -166,11 +166,7 @@ def test_what_a_gpu_computes(folders, monkeypatch, family, four_bit):
 
 
 # ---------------------------------------------------------------- the hub
-@pytest.mark.parametrize("text, line", [
-    ("401 Client Error. (Request ID: 1)\n\nRepository Not Found for url: x.\nPlease make sure",
-     "Repository Not Found for url: x."),
-    ("No space left on device\nTraceback", "No space left on device")])
-def test_a_hub_error_is_one_line(text, line, monkeypatch):
+def test_a_hub_error_is_one_line(monkeypatch):
     """And no more is asked for than the files of the model: no pickle, no second copy."""
     def download(name, allow_patterns, ignore_patterns):
         assert not are_progress_bars_disabled()  # gigabytes: one wants to see them come
@@ -178,9 +174,9 @@ def test_a_hub_error_is_one_line(text, line, monkeypatch):
         others = ["consolidated.safetensors", "pytorch_model.bin", "onnx/config.json"]
         assert wanted == list(filter_repo_objects(
             wanted + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-        raise OSError(text)
+        raise OSError("401 Client Error. (Request ID: 1)\n\nRepository Not Found for url: x.\nHm")
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert refusal("some/model").endswith(line)
+    assert refusal("some/model").endswith("Repository Not Found for url: x.")
 
 
 def test_a_hub_model_without_network(monkeypatch, tmp_path):
@@ -215,7 +211,7 @@ def test_a_model_that_does_not_fit_is_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("gigabytes, dial, columns, checkpointing", [
-    (8.0, 0, 131072, False), (0.1, 0, 64848, False), (0.03, 0, 19275, True), (0.0, 0, 1024, True),
+    (8.0, 0, 131072, False), (0.03, 0, 19275, True), (0.0, 0, 1024, True),
     (8.0, 2048, 2048, False)])
 def test_the_plan_follows_the_memory(folders, monkeypatch, gigabytes, dial, columns, checkpointing):
     """A third of what the optimiser leaves for the cache, 12 bytes for each of 32,768 weights; at
@@ -225,12 +221,6 @@ def test_the_plan_follows_the_memory(folders, monkeypatch, gigabytes, dial, colu
     policy = load_policy(Config(model=folders["qwen2"], cache_tokens=dial, **SIZES))
     assert policy.plan.column_bytes == 2 * 2 * 2 * 16 * 4  # keys, values; layers; heads; size; fp32
     assert (policy.cache_tokens, policy.plan.checkpointing) == (columns, checkpointing)
-
-
-def test_dtype_follows_the_card(monkeypatch):
-    for has_it, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **how: has_it)
-        assert compute_dtype("cuda") == dtype
 
 
 @pytest.mark.parametrize("free, share, left", [(1e9, 1.0, 2e9), (4e9, 0.5, 2e9)])

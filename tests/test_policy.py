@@ -112,13 +112,12 @@ def test_gradients_reach_every_layer_after_sampling(data):
 
 # ---------------------------------------------------------------- the update
 @pytest.mark.parametrize("rule, tokens, logits", [
-    ("grpo", 10 ** 9, 10 ** 9), ("node_value", 400, 10000),
-    pytest.param("grpo", 1, 10 ** 9, marks=pytest.mark.long)])
+    ("grpo", 10 ** 9, 10 ** 9), ("node_value", 400, 10000)])
 def test_update_is_the_gradient_of_the_stated_loss(policy, trees, rule, tokens, logits,
                                                    monkeypatch):
     """The mean over sampled tokens of minus advantage times log-prob, each turn once: by autograd,
-    turn by turn. In one pack, in packs that cut trees in two, and path by path; logits whole and
-    in chunks; activations kept or computed again. Longer than MAX_GRAD_NORM, the gradient is
+    turn by turn. In one pack, in packs that cut trees in two; logits whole and in chunks;
+    activations kept or computed again. Longer than MAX_GRAD_NORM, the gradient is
     shortened to it."""
     credits = [advantages(root, rule) for root in trees]
     total = sum(node.num_sampled for root in trees for node in nodes(root))
@@ -162,10 +161,3 @@ def test_without_contrast_nothing_moves(policy, trees):
     assert all(map(torch.equal, before, policy.trained))
 
 
-# ---------------------------------------------------------------- text
-def test_text_is_text(policy):
-    """Bug: a wiki or a question that spells a special token ends a turn; half of a surrogate pair
-    ends the run."""
-    text = f" a {policy.tokenizer.eos_token}\n\n é 😀"
-    assert policy.text(policy.encode(text)) == text
-    assert policy.text(policy.encode("\ud83d!")) == "?!"

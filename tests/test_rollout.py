@@ -13,7 +13,7 @@ from engine.sampling import RaggedCache, keyed_uniforms, sample_tokens
 from predictor import HeadPredictor
 from rollout import Rollout, ended, grow, observation_ids, prefill
 from trace_mini import Config, State, train_step
-from tree import Node, leaves, nodes, path, path_ids, prefixes
+from tree import leaves, nodes, path, path_ids, prefixes
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,6 @@ def test_recorded_logprobs_are_the_recomputed_ones(policy, trees):
     for root in trees:
         recorded, recomputed = both_logprobs(policy, root)
         assert np.abs(recorded - recomputed).max() < 1e-4
-
-
-def test_forked_equals_prefilled(policy, trees):
-    """The hidden state kept at a prefix is that of a fresh pass over its ids."""
-    for node in [node for node in nodes(trees[0]) if node.children]:
-        fresh = Node(path_ids(node), 0, node.state)
-        prefill(policy, [fresh])
-        assert np.abs(node.hidden - fresh.hidden).max() < 1e-3
 
 
 def test_leaves_come_anchor_by_anchor(policy, data):
@@ -90,7 +82,6 @@ def test_inverse_cdf_sampling_follows_the_distribution():
 
 # ---------------------------------------------------------------- where a turn ends
 @pytest.mark.parametrize("written, kept", [
-    (" Go.\nAction: Search[Velt]", " Go.\nAction: Search[Velt]"),
     (" Go.\nAction: Search[Velt (poet)] and more]", " Go.\nAction: Search[Velt (poet)]"),
     (" Hm.\nObservation: I made this up.", " Hm."),
     (" No action at all", " No action at all"),

@@ -15,7 +15,6 @@ import pytest
 
 from tree import (
     ADVANTAGES,
-    EPSILON,
     TARGETS,
     Node,
     advantages,
@@ -125,14 +124,6 @@ def test_credits(t, rule):
     assert [credit[t[y]] for y in "abdgi"] == pytest.approx(CREDITS[rule], abs=1e-4)
     alone = 0 if rule == "node_value" else credit[t["b"]]  # c is the only child of b
     assert credit[t["c"]] == pytest.approx(alone)
-
-
-def test_a_shared_turn_gets_the_mean_over_its_leaves(t):
-    """The shortcut through V̂ equals the definition: leaf advantages averaged per node."""
-    rewards = np.array([leaf.reward for leaf in leaves(t["root"])])
-    for node, value in advantages(t["root"], "grpo").items():
-        below = np.mean([leaf.reward for leaf in leaves(node)])
-        assert value == pytest.approx((below - rewards.mean()) / (rewards.std() + EPSILON))
 
 
 @pytest.mark.parametrize("rule", ADVANTAGES)

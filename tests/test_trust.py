@@ -20,13 +20,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ADAPTER,
     FAMILIES,
     SMALL,
+    TINY,
     assert_refused,
+    assert_same_numbers,
     expanded,
     make_tokenizer,
     metrics,
-    timeless,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -45,15 +47,13 @@ from react_env import (
 from trace_mini import HERE, main
 from tree import nodes
 
-TINY = ["--eval-questions=4", "--pool-size=2", "--budget=40", "--num-continuations=1",
-        "--group-size=2", "--checkpoint-every=1"]
-ADAPTER = "adapter/adapter_model.safetensors"
+STEPS = [*TINY, "--checkpoint-every=1"]
 FORBIDDEN = re.compile(r"(import|from) (pickle|dill|joblib|marshal|shelve)|^(eval|exec|compile|"
                        r"__import__|os\.system)\(|(trust_remote_code|allow_pickle|shell)=True")
 
 
 def run(folder, steps, *flags):
-    return main([f"--out={folder}", f"--steps={steps}", *TINY, *flags])
+    return main([f"--out={folder}", f"--steps={steps}", *STEPS, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,6 @@ def contents(folder):
 
 def schedule(folder):
     return load_checkpoint(folder)["state"]["schedule"]
-
-
-def assert_same_numbers(folder, other):
-    assert [timeless(row) for row in metrics(folder)] == [timeless(row) for row in metrics(other)]
-    for name in ("predictions.json", "evals.jsonl", ADAPTER):
-        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
 
 class Harm:
@@ -132,7 +126,7 @@ def test_what_a_run_lost_is_not_hidden(copy, capsys):
 
 
 @pytest.mark.parametrize("content, word", [
-    (b'{"seed": 0, "st', "not a configuration"), (b"[1]", "not a configuration"),
+    (b'{"seed": 0, "st', "not a configuration"),
     (b'{"color": "red"}', "color"), (b'{"steps": 10.5}', "steps is 10.5"),
     (b'{"learning_rate": NaN}', "learning-rate")])
 def test_a_bad_config_is_one_line(content, word, copy, capsys):
@@ -309,7 +303,7 @@ def test_bad_text_in_a_question_file(tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(records))
     child = subprocess.run(
         [sys.executable, "trace_mini.py", f"--data={tmp_path}/bad.json", f"--out={tmp_path}/run",
-         "--steps=10", "--show-tree", *TINY], cwd=HERE, capture_output=True,
+         "--steps=10", "--show-tree", *STEPS], cwd=HERE, capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "latin-1"})
     assert child.returncode == 0, child.stderr
     assert b"an episode" in child.stdout and b"(question)" in child.stdout
@@ -322,8 +316,6 @@ def spoil(model, how, harm):
     weights = model / "model.safetensors"
     if how == "a file":
         return weights  # for which no hub is asked
-    if how == "no configuration":
-        (model / "config.json").unlink()
     if how == "half the weights":
         weights.write_bytes(weights.read_bytes()[:9999])
     if how == "a weight missing":  # which transformers would leave random
@@ -340,8 +332,8 @@ def spoil(model, how, harm):
     return model
 
 
-@pytest.mark.parametrize("how", ["a file", "no configuration", "half the weights",
-                                 "a weight missing", "a pickle", "code of its own"])
+@pytest.mark.parametrize("how", ["a file", "half the weights", "a weight missing",
+                                 "a pickle", "code of its own"])
 def test_a_bad_model_folder_is_one_line(how, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # had anything asked to run code
     model = shutil.copytree(HERE / "world" / "tiny", tmp_path / "model")
@@ -401,7 +393,7 @@ def test_no_socket_unless_a_hub_model_is_named(kernels, tmp_path):
     for model, code in (("tiny", 0), ("some/model", 2)):
         child = subprocess.run(
             [sys.executable, "-c", GUARD, tmp_path / "asked", "--steps=1", f"--model={model}",
-             f"--out={tmp_path}/run{code}", *TINY], cwd=HERE, capture_output=True, text=True,
+             f"--out={tmp_path}/run{code}", *STEPS], cwd=HERE, capture_output=True, text=True,
             env=os.environ | {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "0",
                               "HF_HUB_CACHE": str(tmp_path / "cache")})
         assert child.returncode == code and "kernel" not in child.stdout + child.stderr
