@@ -67,6 +67,8 @@ class Policy:
         window = getattr(base.config, "sliding_window", None)  # our masks do not slide
         wanted = min(config.context or sizes.context, base.config.max_position_embeddings,
                      window or 2 ** 31)
+        if wanted < config.context:
+            self.notice += f"\nthe model's context is {wanted} tokens, not {config.context}"
         self.context = steady_context(self, wanted)
         if self.context < wanted:
             self.notice += (f"\nits encoding of positions changes beyond {self.context} tokens: "
@@ -231,7 +233,7 @@ def load_policy(config):
         hint, reason = "", error
         if config.four_bit and not import_bitsandbytes():
             hint = "; bitsandbytes cannot be imported, --no-4bit does without it"
-        why = f"cannot be used ({first_line(error)}){hint}"
+        why = f"cannot be used ({type(error).__name__}: {first_line(error)}){hint}"
         if device == "cuda" and torch.cuda.memory_stats().get("num_ooms"):
             why = "does not fit into the memory of the GPU"  # transformers hides the reason
     raise UsageError(f"model {config.model}: {why}") from reason

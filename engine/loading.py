@@ -137,7 +137,7 @@ def steady_context(policy, context):
     with policy.sampling():
         near = range(min(32, context // 2))
         alone = logits(*near)
-        most = (0.001 if policy.head.weight.dtype == torch.float32 else 0.05) * alone.std()
+        most = (1e-4 if policy.head.weight.dtype == torch.float32 else 0.05) * alone.std()
         while context > 64 and (logits(*near, context - 1) - alone).square().mean().sqrt() > most:
             context //= 2
     return context

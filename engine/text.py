@@ -14,7 +14,7 @@ NOT_NOW = "{%- macro strftime_now(format) -%}" + DAY + "{%- endmacro -%}"
 PREFIXES = {  # what puts a space before a text, in the parts of a tokenizer, as JSON
     r'"prepend": "[^"]*"': '"prepend": ""', r'"prepend_scheme": "\w+"': '"prepend_scheme": "never"',
     '"add_prefix_space": true': '"add_prefix_space": false'}
-OPEN_TAG = re.compile(r"<(\w+)>\s*$")
+OPEN_TAG = re.compile(r"[<[]\w+[>\]]\s*$")
 
 
 class Codec:
@@ -82,7 +82,7 @@ class Codec:
             said, thought = text.rsplit("\n", 1)
             text = self.render(add_generation_prompt=True, user=said)
             if tag := OPEN_TAG.search(text):
-                told = f"\nthe chat template leaves <{tag[1]}> open before the first thought"
+                told = f"\nthe chat template leaves {tag[0].strip()} open before the first thought"
             text += thought
         elif self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]:
             start = [self.tokenizer.bos_token_id]

@@ -204,7 +204,7 @@ def test_a_model_that_does_not_fit_is_one_line(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("Weights could not be converted.\nSee above.")
     monkeypatch.setattr("policy.load_model", fail)
-    assert "cannot be used (Weights could not be converted.)" in refusal("tiny")
+    assert "cannot be used (RuntimeError: Weights could not be converted.)" in refusal("tiny")
     monkeypatch.setattr("policy.best_device", lambda: "cuda")
     monkeypatch.setattr("torch.cuda.memory_stats", lambda: {"num_ooms": 1})
     assert "does not fit into the memory" in refusal("tiny")

@@ -54,7 +54,7 @@ def load_questions(path):
             articles += [page[:2] for page in record["context"]]
             gold = [fact[0] for fact in record["supporting_facts"]]
             num_hops = 2 if rules == "hotpot" else len(set(gold))
-        answers = () if record["answer"] is None else (record["answer"], *more)
+        answers = (record["answer"], *more) if record["answer"] else ()
         if not record["answerable"]:
             kind, answers = "unanswerable", ()
         gold = tuple(dict.fromkeys(gold))
