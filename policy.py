@@ -13,7 +13,7 @@ from engine.caches import feed_cache
 from engine.errors import UsageError, first_line
 from engine.files import fingerprint_of_weights, model_folder
 from engine.loading import (adapter_weights, check_logits, check_vocabulary, import_bitsandbytes,
-                            knows_bare_prompt, load_model, set_adapter, steady_context)
+                            load_model, set_adapter, steady_context)
 from engine.memory import best_device, plain_layers, plan_memory
 from engine.sampling import sampling_mode
 from engine.text import Codec
@@ -47,8 +47,8 @@ class Policy:
         self.fingerprint = fingerprint_of_weights(base.name_or_path)
         self.softcap = getattr(base.config, "final_logit_softcapping", None)
 
-        # our own small policies have never seen the examples of the prompt
-        bare_prompt = knows_bare_prompt(model_folder(config.model))
+        # models that our warm start made were taught the bare prompt, without examples
+        bare_prompt = getattr(base.config, "trace_mini_prompt", "") == "bare"
         sizes = EMBEDDED_SIZES if bare_prompt else OTHER_SIZES
         self.turn_tokens = config.turn_tokens or sizes.turn_tokens
         self.observation_tokens = sizes.observation_tokens

@@ -12,7 +12,8 @@ from engine.files import model_folder
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints the first paragraph of `description`. A wrong flag is one line, exit code 2."""
+    """--help begins with the first line of `description`. A wrong flag is one line, exit code
+    2."""
 
     def __init__(self, description, **options):
         super().__init__(description=description.split("\n")[0], allow_abbrev=False, **options)
@@ -104,7 +105,7 @@ def parse_dials(config_class, description, arguments=None):
     saved = load_dials(config_class, given.resume)
     parser.set_defaults(**dataclasses.asdict(saved) | {"out": ""})
     given = parser.parse_args(arguments)
-    vars(given).update(absolute(given))
+    absolute(given)
     if given.eval_only and (given.data != saved.data) != bool(given.out):
         raise UsageError("--resume --eval-only: --data names another file, and --out a folder for "
                          "its scores; neither goes alone")
@@ -125,9 +126,9 @@ def absolute(given):
     """The dials, with names of files and folders that are there made absolute: a run finds them
     from wherever it goes on."""
     dials = vars(given)
-    for name, built_in in (("model", "tiny"), ("data", "toy"), ("eval_data", "")):
+    for name in ("model", "data", "eval_data"):
         value = dials[name]
-        if value != built_in and os.path.exists(value) and model_folder(value) == value:
+        if value != "toy" and os.path.exists(value) and model_folder(value) == value:
             dials[name] = os.path.abspath(value)
     return dials
 

@@ -1,6 +1,5 @@
 """The pictures, without pyplot: a run's curve, the cycle, the tree; the tree as text too."""
 import io
-import json
 import textwrap
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from matplotlib import font_manager, ticker
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from engine.files import write_aside
+from engine.files import read_lines, write_aside
 from react_env import parse_action, split_completion
 from tree import nodes, path
 
@@ -57,19 +56,18 @@ CURVES = (  # (panel, column, meaning)
 
 def draw_curve(folder):
     """Write curve.png of a run folder, from metrics.jsonl and evals.jsonl; -> its Path."""
-    rows = []
-    for name in ("metrics.jsonl", "evals.jsonl"):
-        rows += map(json.loads, Path(folder, name).read_text().splitlines())
+    folder = Path(folder)
+    rows = read_lines(folder / "metrics.jsonl") + read_lines(folder / "evals.jsonl")
     x = [row["sampled_tokens"] for row in rows]
     figure = Picture(figsize=(6.4, 7.5), layout="constrained")
-    figure.suptitle(Path(folder).resolve().name, parse_math=False)
+    figure.suptitle(folder.resolve().name, parse_math=False)
     panels = figure.subplots(2, subplot_kw={"ylim": (-0.03, 1.03)})
     for i, (panel, column, meaning) in enumerate(CURVES):
         y = [row.get(column) for row in rows]  # None is a gap
         panels[panel].plot(x, y, STYLES[i], color=COLOURS[i], ms=4, label=meaning)
     label_axes(panels[0], "share of episodes")
     label_axes(panels[1], "share of prompts, or AUROC")
-    return figure.write(Path(folder, "curve.png"))
+    return figure.write(folder / "curve.png")
 
 
 # ---------------------------------------------------------------- the cycle

@@ -1,4 +1,4 @@
-"""The one way to write a file: aside, then renamed. A reader never meets half a file."""
+"""Files: written aside and renamed, so that nobody reads half of one, and known by content."""
 import json
 import os
 from contextlib import contextmanager
@@ -24,6 +24,11 @@ def write_aside(file):
 def write_json(file, content):
     with write_aside(file) as stream:
         stream.write(json.dumps(content, indent=1).encode())
+
+
+def read_lines(file):
+    """The rows of a JSON-lines file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def fingerprint(content):

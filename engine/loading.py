@@ -1,5 +1,4 @@
 """A model by name: files, weights in 4 bits with LoRA adapters, tokenizer, prompt."""
-import json
 import logging
 import os
 import sys
@@ -85,16 +84,6 @@ def find_files(name):
     except Exception as error:  # the hub has a dozen kinds, whose texts say what to do
         lines = str(error).split("\n\n")[-1]
         raise UsageError(f"no folder here, and from the hub: {first_line(lines)}") from None
-
-
-def knows_bare_prompt(folder):
-    """Was the model in this folder made by our warm start? Its config.json says so. Such a model
-    has been taught the bare prompt and has never seen the examples."""
-    try:
-        saved = json.loads(Path(folder, "config.json").read_text())
-        return saved.get("trace_mini_prompt") == "bare"
-    except (OSError, ValueError, AttributeError):  # no such folder or file; loading will tell
-        return False
 
 
 def compute_dtype(device):

@@ -38,7 +38,7 @@ def plan_memory(policy):
     with policy.sampling():
         policy.forward([ids], [0], [0], cache)
     stored = sum(tensor.nbytes for tensor in cache.keys + cache.values)
-    column_bytes = stored // len(ids)
+    column_bytes = stored // cache.num_columns()
     free = free_bytes(policy.device)
     free -= OPTIMIZER_BYTES * sum(weight.numel() for weight in policy.trained)
     columns = min(MOST_COLUMNS, int(free / 3 / column_bytes))

@@ -14,6 +14,7 @@ import signal
 import time
 from collections import Counter
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -116,7 +117,7 @@ def load_checkpoint(folder):
     dials are not those of config.json."""
     files = checkpoint_files(folder)
     if not files:
-        raise UsageError(f"--resume {folder}: no checkpoint there, so nothing is trained yet; "
+        raise UsageError(f"{folder}: no checkpoint there, so nothing is trained yet; "
                          "delete the folder and start again")
     then = "there is none before it, so start again in another folder"
     if len(files) > 1:
@@ -178,11 +179,11 @@ class LapTimer:
     """Seconds by name: `lap("sample")` adds what has passed since the last call."""
 
     def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
+        self.seconds, self.last = Counter(), time.perf_counter()
 
     def __call__(self, name):
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.seconds[name] += now - self.last
         self.last = now
 
     def metrics(self):
@@ -209,17 +210,14 @@ def ctrl_c():
 def tree_metrics(roots, m, bare, continuations):
     """What a step's trees look like, after backup; GUIDE.md explains each number. m [roots]: how
     many of the bare rollouts are whose."""
-    num_leaves, num_cut, num_overflowed = len(bare) + len(continuations), 0, 0
-    for root in roots:
-        for node in nodes(root):
-            num_cut += node.cut_observation
-            num_overflowed += node.overflowed
+    num_leaves, turns = len(bare) + len(continuations), list(chain(*map(nodes, roots)))
     return {"leaves": num_leaves, "active_prompts": len(roots),
             "leaves_per_prompt": num_leaves / len(roots),
             "group_sizes": dict(sorted(Counter(m.tolist()).items())),
             "reward_mean": sum(leaf.reward for leaf in bare) / len(bare),
             "effective_ratio": sum(map(has_contrast, roots)) / len(roots),
-            "cut_observations": num_cut, "overflowed_episodes": num_overflowed}
+            "cut_observations": sum(turn.cut_observation for turn in turns),
+            "overflowed_episodes": sum(turn.overflowed for turn in turns)}
 
 
 def say(text):

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 from engine.errors import UsageError
 
-DECAY = 0.7  # per step, of the counts from which the cost of a rollout is forecast
+COST_DECAY = 0.7  # per step, of the counts from which the cost of a rollout is forecast
 
 
 @dataclass
@@ -36,5 +36,5 @@ class Schedule:
                              "be larger or --turn-tokens smaller, in a new run")
         self.sampled_tokens += tokens
         self.bad_steps = 0 if finite else self.bad_steps + 1
-        self.num_rollouts = DECAY * self.num_rollouts + num_bare
-        self.tokens = DECAY * self.tokens + tokens
+        self.num_rollouts = COST_DECAY * self.num_rollouts + num_bare
+        self.tokens = COST_DECAY * self.tokens + tokens

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
-from engine.files import fingerprint, fingerprint_of_weights, model_folder, write_json
+from engine.files import (fingerprint, fingerprint_of_weights, model_folder, read_lines,
+                          write_json)
 from engine.runs import checkpoint_file, checkpoint_files, load_checkpoint
 from lab.pictures import draw_arms
 from lab.tables import differences, finished, read_rows, report, write_rows
@@ -228,10 +229,6 @@ def collect(run, jobs):
     return rows
 
 
-def read_lines(file):
-    return [json.loads(line) for line in file.open()]
-
-
 def score_transfer(folder, where):
     """Write FOLDER/transfer-WHERE.json: a trained policy on another wiki, or on longer chains."""
     if where not in ("wiki", "hops"):
@@ -319,7 +316,7 @@ def command(args):
     done = gather(runs, file)
     curves = list(chain(*[rows for rows in done.values() if len(rows) > 1]))
     if curves:
-        draw_arms(curves, file.with_suffix(".png"), "em_first")
+        draw_arms(curves, file.with_suffix(".png"))
     print(report(args.preset, runs, done))
     if failed:
         print(f"failed, see: {', '.join(failed)}", file=sys.stderr)

@@ -1,10 +1,8 @@
 """What lab/bench.py measures against: the same work as it is commonly done."""
 import resource
 
-import numpy as np
 import torch
 
-from allocator import mixed_prob
 from engine.sampling import sampling_mode
 from policy import load_policy
 from react_env import split_completion
@@ -14,18 +12,6 @@ from tree import Node, leaves, path, path_ids, sampled_tokens
 from world.questions import load_data
 
 
-def plain_roots(v, budget, cap):
-    """The best sum of V_root, by dynamic programming in plain Python."""
-    best = [0.0] * (budget + 1)  # by what is spent at most
-    for values in mixed_prob(v[:, None], np.arange(cap + 1)).tolist():
-        new = []
-        for left in range(budget + 1):
-            new.append(max(best[left - m] + values[m] for m in range(min(cap, left) + 1)))
-        best = new
-    return best[budget]
-
-
-# ---------------------------------------------------------------- sampling
 def plain_react(policy, env, roots, counts):
     """Grows trees like rollout.grow, but by transformers' generate on the whole history, turn
     after turn, through the layers as peft and bitsandbytes compute them."""

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from allocator import allocate_roots
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
 from engine.files import write_json
@@ -30,7 +29,6 @@ from lab.alternatives import (
     by_path,
     peak_megabytes,
     plain_react,
-    plain_roots,
     still_policy,
     trl_steps,
 )
@@ -84,13 +82,6 @@ def alone(function, *arguments):
 
 
 # ---------------------------------------------------------------- parts of a step
-def allocation(dials):
-    """The exact solver of stage 1 against the same in plain Python; that of stage 2 is plain."""
-    v = np.random.default_rng(0).random(1024)
-    yield compare("allocate 4,096 rollouts to 1,024 roots (other: plain Python)", "s",
-                  lambda solve: solve(v, 4096, 16), allocate_roots, plain_roots)
-
-
 def engine(dials):
     """Sampling, continuing, updating."""
     policy, data = still_policy(dials)
@@ -199,14 +190,14 @@ def cards(dials):
                 yield row_of(name, "tok/s", [[speed]])
 
 
-PARTS = {"allocation": allocation, "step": step}
+PARTS = {"step": step}
 if torch.cuda.is_available():
     PARTS["cards"] = cards
 PARTS["engine"] = engine  # last: from then on this process holds memory of the GPU
 
 
 def main(arguments=None):
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="lab.bench")
     parser.add_argument("--model", default="tiny", help="as in trace_mini.py [%(default)s]")
     parser.add_argument("--only", choices=PARTS, help="print the rows of one part, write nothing")
     args = parser.parse_args(arguments)

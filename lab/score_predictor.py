@@ -17,7 +17,6 @@ closed  (J - J_constant) / (J_truth - J_constant). J is what the exact allocatio
 At each pause it writes predictor.csv (a row per step, group of anchors and predictor),
 predictor.png (the course over the run) and predictor_reliability.png (predicted against true).
 """
-import json
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from allocator import allocate_roots, expand_prefixes, flip_prob, mixed_prob
 from engine.command_line import Parser, run_main
 from engine.draw import COLOURS, STYLES, Picture
 from engine.errors import UsageError
+from engine.files import read_lines
 from lab.baselines import BASELINES
 from lab.tables import write_rows
 from policy import load_policy
@@ -144,17 +144,18 @@ def draw_all(table, folder):
 def measure(run, anchors, points, out):
     """Repeat the run; at each pause write again all that is known by then."""
     config = read_config(run)
-    evals = Path(run, "evals.jsonl").read_text().splitlines()
+    evals = read_lines(Path(run, "evals.jsonl"))
     if not config.steps or not evals:
         raise UsageError(f"{run}: a run that has taken no step yet")
     if points < 1 or anchors < 2:
         raise UsageError("--points must be at least 1, --anchors 2")
     Path(out).mkdir(parents=True, exist_ok=True)
-    data, policy = load_data(config), load_policy(config)
+    policy = load_policy(config)
+    data = load_data(config).that_fit(policy)
     predictors = {name: make(policy, data.env, config.seed) for name, make in MAKERS.items()}
     serving = predictors[config.predictor]
     del predictors["oracle"]
-    state = State.begin(config, data, json.loads(evals[0])["tokens"])
+    state = State.begin(config, data, evals[0]["tokens"])
     table = []
     for step in tqdm(range(1, config.steps + 1), "the run again", smoothing=0):
         trees, _ = train_step(config, state, policy, serving, data)
@@ -172,7 +173,7 @@ def measure(run, anchors, points, out):
 
 def main(arguments=None):
     """-> exit code, as trace_mini.main."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="lab.score_predictor")
     parser.add_argument("run", help="folder of a run of trace_mini.py, which is only read")
     parser.add_argument("--anchors", type=int, default=500, help="roots and prefixes [500]")
     parser.add_argument("--points", type=int, default=4, help="pauses, evenly spread [4]")

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from conftest import expanded, fresh_policy, gradient_of
 
-from allocator import allocate_roots, mixed_prob
 from lab import bench
-from lab.alternatives import by_path, plain_react, plain_roots
+from lab.alternatives import by_path, plain_react
 from rollout import grow
 from tree import leaves, nodes, sampled_tokens
 
@@ -26,7 +25,7 @@ def test_a_whole_run_goes_to_the_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", ["allocation", "step", "engine", "cards"])
+@pytest.mark.parametrize("part", ["step", "engine", "cards"])
 def test_every_part_yields_rows(part, monkeypatch):
     """Once each; `cards` on a model made for it, which any device holds."""
     for name, value in (("REPEATS", 1), ("LIVE", (3,)), ("CARDS", (0,)), ("NUM_WORDS", 2048),
@@ -37,12 +36,6 @@ def test_every_part_yields_rows(part, monkeypatch):
 
 
 # ---------------------------------------------------------------- the alternatives
-def test_the_plain_solver_finds_the_same_optimum():
-    v = np.random.default_rng(0).random(12)
-    best = mixed_prob(v, allocate_roots(v, 30, 5)).sum()
-    assert plain_roots(v, 30, 5) == pytest.approx(best)
-
-
 @pytest.mark.long
 def test_plain_react_plays_the_same_game(data):
     """Mean reward and tokens of 60 episodes: each within five standard errors of the engine's

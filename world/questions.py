@@ -15,7 +15,7 @@ from world.toy import make_questions, make_world
 NUM_ARTICLES = 1000   # of the toy wiki
 NUM_QUESTIONS = 4000  # of the toy wiki, to train on
 MAX_TURNS = 8         # of an episode, Finish included
-DECAY = 0.9           # of counted outcomes, whenever a step adds to them
+COUNT_DECAY = 0.9     # of counted outcomes, whenever a step adds to them
 
 
 class Data(NamedTuple):
@@ -59,8 +59,8 @@ def load_data(config):
         try:
             return Data(env, make_questions(world, NUM_QUESTIONS, split="train"),
                         env, make_questions(world, num_eval, split="eval"))
-        except ValueError as error:
-            raise UsageError(f"--eval-questions: {error}") from None
+        except UsageError as error:
+            raise UsageError(f"--eval-questions, --final-eval-questions: {error}") from None
     everything = config.scores_a_file
     questions, env, notice = load_file(config.data, everything)
     if everything:
@@ -77,8 +77,9 @@ def load_data(config):
 
 
 def load_file(file, everything):
-    """-> (questions, environment, a notice). Without answerable questions there is nothing to
-    learn: they are left out, and counted, but where `everything` is to be answered."""
+    """-> (questions, environment, a notice). Left out, and counted: what the file calls
+    unanswerable, whose id is that of a twin; and what has no text or no answer, but where
+    `everything` is to be answered."""
     found, wiki = load_questions(file)
     questions = [q for q in found if q.kind != "unanswerable"]
     if not everything:
@@ -105,7 +106,7 @@ def is_held_out(question):
 
 def summarise(questions, scores, first=None):
     """Means of scores, {question id: {em, f1}}: em, em_first (of the `first` questions), f1 (all
-    0 to 1), and em by hop count, by kind and by trap (toy questions name the traps they hold)."""
+    0 to 1), and em by hop count and by kind."""
     questions = [question for question in questions if question.answers]  # none in a test split
     em = [scores[question.id]["em"] for question in questions]
     f1 = [scores[question.id]["f1"] for question in questions]
@@ -113,10 +114,8 @@ def summarise(questions, scores, first=None):
     for question, right in zip(questions, em):
         groups["by_hops", str(question.num_hops)].append(right)
         groups["by_kind", question.kind].append(right)
-        for trap in getattr(question, "traps", ()):
-            groups["by_trap", trap].append(right)
     means = {"num_questions": len(questions), "em": mean(em), "em_first": mean(em[:first]),
-             "f1": mean(f1), "by_hops": {}, "by_kind": {}, "by_trap": {}}
+             "f1": mean(f1), "by_hops": {}, "by_kind": {}}
     for name, group in sorted(groups):
         means[name][group] = mean(groups[name, group])
     return means
@@ -158,7 +157,7 @@ class Prompts:
             rewards = [leaf.reward for leaf in leaves(root)]
             won = sum(rewards)
             self.counts[root.state.question.id] = (
-                float(DECAY * wins + won), float(DECAY * losses + len(rewards) - won))
+                float(COUNT_DECAY * wins + won), float(COUNT_DECAY * losses + len(rewards) - won))
 
     @property
     def coverage(self):

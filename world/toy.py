@@ -199,15 +199,14 @@ class ToyQuestion(Question):
     starts: tuple = ()     # titles where the plan begins: one, or two to be compared
     relations: tuple = ()  # relation names, first hop first
     goal: str = "value"    # value | earlier | later | same
-    traps: tuple = ()      # where a hasty reader can go wrong, to report success by fault
 
 
-def _question(world, kind, starts, relations, goal, text, answer, path, traps):
+def _question(world, kind, starts, relations, goal, text, answer, path):
     plan = repr((starts, relations, goal)).encode()
     return ToyQuestion(
         f"toy{world.seed}-{hashlib.blake2b(plan, digest_size=6).hexdigest()}", text,
         (answer,), kind, len(relations) * len(starts), tuple(path), "toy",
-        starts, relations, goal, tuple(sorted(traps)) or ("none",))
+        starts, relations, goal)
 
 
 def _in_split(title, split):
@@ -220,7 +219,7 @@ def _chain(world, rng, start, max_hops):
     """A chain of facts from `start`, or None where it ends early, circles or takes too long."""
     num_hops = rng.choices(range(1, max_hops + 1), HOP_WEIGHTS[:max_hops])[0]
     title = start
-    path, relations, traps = [], [], set()
+    path, relations = [], []
     num_lookups = 0
     for _ in range(num_hops):
         if title not in world.facts or title in path:
@@ -228,20 +227,14 @@ def _chain(world, rng, start, max_hops):
         path.append(title)
         name = rng.choice(list(world.facts[title]))
         relations.append(name)
-        if world.shown(title, RELATION[name].neighbour):
-            traps.add("neighbour")
         title, lookups = world.facts[title][name]
         num_lookups += lookups
     kind, phrase = "bridge", start
     num_turns = num_hops + 1 + num_lookups
-    if num_hops > 2:
-        traps.add("long chain")
     if num_lookups:
         kind = "lookup"
-        traps.add("hidden fact")
     if is_namesake(start):
         kind = "similar"
-        traps.add("namesake")
         phrase = f"the {world.labels[start]} {bare(start)}"
         num_turns += 1
     if num_turns > MOST_TURNS:
@@ -250,7 +243,7 @@ def _chain(world, rng, start, max_hops):
         phrase = rng.choice(RELATION[name].nouns).format(x=phrase)
     word = "Who" if RELATION[name].target == "person" else "What"
     return _question(world, kind, (start,), tuple(relations), "value",
-                     f"{word} is {phrase}?", title, path, traps)
+                     f"{word} is {phrase}?", title, path)
 
 
 def _pair(world, rng, start, kind, split):
@@ -281,7 +274,7 @@ def _pair(world, rng, start, kind, split):
             text = f"Do {start} and {other} have the same {name}?"
             answer = "yes" if want_same else "no"
         starts = (start, other)
-        return _question(world, kind, starts, (name,), goal, text, answer, starts, {kind})
+        return _question(world, kind, starts, (name,), goal, text, answer, starts)
     return None
 
 
