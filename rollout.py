@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from engine.caches import forget_caches, forget_paths, fork, held_tokens, move
+from engine.caches import forget_caches, forget_paths, held_tokens, move
 from engine.memory import halving
 from engine.sampling import RaggedCache, keyed_uniforms, rollout_key, sample_tokens
 from react_env import action_end, observation_text, split_completion
@@ -90,7 +90,7 @@ def start(policy, anchors, counts, key):
 def play(policy, env, rollouts, greedy):
     """Play some rollouts together to their ends, each turn of all of them at once."""
     live, anchors = rollouts, standing(rollouts)
-    cache = fork(anchors)
+    cache = RaggedCache.fork(anchors)
     hidden = torch.tensor(np.stack([node.hidden for node in anchors]), device=policy.device)
     number_rows(live)
     while True:

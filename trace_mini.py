@@ -223,7 +223,7 @@ def evaluate(policy, env, questions, progress=None, first=None):
         roots = [policy.root(question, env) for question in questions[i:i + policy.num_live]]
         for leaf in grow(policy, env, roots, [1] * len(roots), greedy=True):
             question = leaf.state.question
-            predictions[question.id] = leaf.state.prediction or ""
+            predictions[question.id] = leaf.state.prediction
             scores[question.id] = question.score(leaf.state.prediction)
         tokens += sum(map(sampled_tokens, roots))
         if progress:

@@ -19,6 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tree import path
 
+
+
 GROUPED = {"cpu"}  # where SDPA takes fewer key-value heads than heads also with a mask: on CUDA
                    # that is slow, and transformers copies the heads there
 
@@ -78,8 +80,8 @@ def packed_attention(module, query, key, value, mask, tree=None, places=None, **
 def attend_cache(module, query, key, value, mask, places, **kwargs):
     """places = (rows [N], slots [N]): token n is the slots[n]-th of those that see row rows[n] of
     a cache, keys [R, heads, S, size], as far as the mask [R, 1, T, S] says."""
-    shape = len(mask), mask.shape[2], *query.shape[1::2]
-    padded = query.new_zeros(shape)  # [R, T, heads, size]
+    _, heads, _, size = query.shape
+    padded = query.new_zeros(len(mask), mask.shape[2], heads, size)  # [R, T, heads, size]
     padded[places] = query[0].transpose(0, 1)
     found, _ = attend(module, padded.transpose(1, 2), key, value, mask, **kwargs)
     return found[places][None]
@@ -90,10 +92,10 @@ def attend_tree(module, query, key, value, tree, **kwargs):
     keys, values, found = key.split(tree.sizes, 2), value.split(tree.sizes, 2), []
     parts = query.split([span.num_tokens for span in tree.spans], 2)
     for part, span in zip(parts, tree.spans):
-        seen = torch.cat([keys[i] for i in span.line], 2)
-        told = torch.cat([values[i] for i in span.line], 2)
-        mask = lower_right(part, seen) if seen.shape[2] > part.shape[2] else None
-        found.append(attend(module, part, seen, told, mask, **kwargs)[0])
+        path_keys = torch.cat([keys[i] for i in span.line], 2)
+        path_values = torch.cat([values[i] for i in span.line], 2)
+        mask = lower_right(part, path_keys) if path_keys.shape[2] > part.shape[2] else None
+        found.append(attend(module, part, path_keys, path_values, mask, **kwargs)[0])
     return torch.cat(found, 1)  # [1, N, heads, size]
 
 

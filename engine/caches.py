@@ -28,18 +28,12 @@ def feed_cache(body, ids, rows, starts, cache):
                 places=(packed_rows, slots), cache=cache).last_hidden_state[0]
 
 
-def fork(standing):
-    """A cache with a copy of the path of each of these nodes, a row for each."""
-    return RaggedCache.fork([node.cache for node in standing],
-                            [node.length for node in standing])
-
-
 def move(standing):
-    """fork, after which all nodes that lay in those rows refer to the new ones: no copy of a path
+    """A fork, after which all nodes that lay in those rows refer to the new ones: no copy of a path
     outlives its use. -> the cache, None where there are no nodes"""
     if not standing:
         return None
-    moved = fork(standing)
+    moved = RaggedCache.fork(standing)
     for row, node in enumerate(standing):
         old = node.cache[0]
         while node is not None and node.cache and node.cache[0] is old:

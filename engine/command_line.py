@@ -83,11 +83,8 @@ def check_dials(config):
 
 def own_dials(config):
     """{name: value} of what makes a run and its checkpoints its own."""
-    own = {}
-    for field in dataclasses.fields(config):
-        if not field.metadata["free"] and field.name != "out":
-            own[field.name] = getattr(config, field.name)
-    return own
+    own = [field.name for field in dataclasses.fields(config) if not field.metadata["free"]]
+    return {name: getattr(config, name) for name in own if name != "out"}
 
 
 def parse_dials(config_class, description, arguments=None):

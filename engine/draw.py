@@ -11,8 +11,8 @@ from engine.files import read_lines, write_aside
 from react_env import parse_action, split_completion
 from tree import nodes, path
 
-COLOURS = BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY, BROWN = (  # Okabe and Ito, and two
-    "black", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "gray", "sienna")
+ORANGE, BLUE, RED, GREY = "#E69F00", "#0072B2", "#D55E00", "gray"  # Okabe and Ito, and two more
+COLOURS = "black", ORANGE, "#56B4E9", "#009E73", BLUE, RED, "#CC79A7", GREY, "sienna"
 STYLES = "-o", "--s", "-.D", ":^", "-v", "--P", "-.X", ":*", "-p"
 FONT = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))  # comes with matplotlib
 
@@ -75,8 +75,8 @@ STEPS = ("1  draw a pool\nof questions", "2  stage 1:\nchoose questions",
          "3  sample rollouts\nfrom the start", "4  stage 2:\nchoose turns",
          "5  sample\ncontinuations", "6  average rewards\nup the tree",
          "7  teach\nthe predictor", "8  teach\nthe policy")
-RING = ((0.12, 0.73), (0.37, 0.73), (0.63, 0.73), (0.88, 0.73),
-        (0.88, 0.27), (0.63, 0.27), (0.37, 0.27), (0.12, 0.27))
+PLACES = 0.12, 0.37, 0.63, 0.88  # of the boxes, from left to right
+RING = [*((x, 0.73) for x in PLACES), *((x, 0.27) for x in reversed(PLACES))]
 
 
 def draw_cycle(*present):

@@ -81,9 +81,9 @@ def find_files(name):
         raise UsageError("no such folder")
     try:
         return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=NOT_FILES))
-    except Exception as error:  # the hub has a dozen kinds, whose texts say what to do
-        lines = str(error).split("\n\n")[-1]
-        raise UsageError(f"no folder here, and from the hub: {first_line(lines)}") from None
+    except Exception as error:  # the hub has a dozen kinds, whose last paragraph says why
+        why = first_line(str(error).split("\n\n")[-1])
+        raise UsageError(f"no folder here, and from the hub: {why}") from None
 
 
 def compute_dtype(device):

@@ -148,13 +148,11 @@ def inputs_of(policy, data):
 def check_inputs(folder, saved, inputs):
     """UsageError where the content of what a run reads, {what: fingerprint}, is not what it
     began with. `saved`: its checkpoint, None in a fresh run."""
-    if saved is None:
-        return
-    if "inputs" not in saved:
-        return say(f"{folder}: an old checkpoint, which does not tell what the run read: "
-                   f"{', '.join(inputs)} were not checked")
+    known = inputs if saved is None else saved.get("inputs")
+    if known is None:
+        return say(f"{folder}: an old checkpoint: {', '.join(inputs)} were not checked")
     for name, value in inputs.items():
-        if saved["inputs"][name] != value:
+        if known[name] != value:
             raise UsageError(f"--resume {folder}: the {name} are not those that the run began "
                              "with; bring them back, or start a new run")
 

@@ -46,18 +46,19 @@ class RaggedCache(Cache):
         return self.num_rows * self.keys[0].shape[2]
 
     @staticmethod
-    def fork(places, lengths):
-        """A new cache: row i is a copy of `places[i]`, a (cache, row), up to column lengths[i]."""
-        forked = RaggedCache(len(places))
-        forked.width = max(lengths)
+    def fork(standing):
+        """A new cache with a copy of the path of each of these nodes, a row for each."""
+        forked = RaggedCache(len(standing))
+        forked.width = max(node.length for node in standing)
         by_cache = {}
-        for i, (cache, row) in enumerate(places):
+        for i, node in enumerate(standing):
+            cache, row = node.cache
             by_cache.setdefault(cache, []).append((i, row))
-        first = places[0][0]
+        first = standing[0].cache[0]
         for layer in range(len(first.keys)):
             for name in ("keys", "values"):
                 like = getattr(first, name)[layer]
-                new = like.new_zeros(len(places), like.shape[1], 0, like.shape[3])
+                new = like.new_zeros(len(standing), like.shape[1], 0, like.shape[3])
                 new = widened(new, forked.width)
                 for cache, pairs in by_cache.items():
                     into, rows = torch.tensor(pairs, device=like.device).T

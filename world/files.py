@@ -8,11 +8,11 @@ from engine.files import write_aside
 from react_env import Question, Wiki
 
 # Shapes of records for _check: {field or place: shape}, [shape of every item], or a type.
-HOTPOT = {"id": str, "question": str, "answer": (str, type(None)), "type": str,  # 2Wiki too
-          "context": [{0: str, 1: [str]}], "supporting_facts": [{0: str, 1: int}]}
-MUSIQUE = {"id": str, "question": str, "answer": (str, type(None)), "answer_aliases": [str],
-           "answerable": bool,
-           "paragraphs": [{"title": str, "paragraph_text": str}]}
+COMMON = {"id": str, "question": str, "answer": (str, type(None))}
+HOTPOT = COMMON | {"type": str, "context": [{0: str, 1: [str]}],  # 2WikiMultihopQA's too
+                   "supporting_facts": [{0: str, 1: int}]}
+MUSIQUE = COMMON | {"answer_aliases": [str], "answerable": bool,
+                    "paragraphs": [{"title": str, "paragraph_text": str}]}
 UNTOLD = {"answer": None, "answer_aliases": [], "answerable": True, "type": "",
           "supporting_facts": []}  # by test splits
 NESTED = {"context", "supporting_facts", "paragraphs"}

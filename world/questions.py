@@ -43,11 +43,12 @@ class Data(NamedTuple):
         def fits(question):
             return policy.root(question, self.env).length + policy.turn_tokens <= policy.context
         train, held_out = list(filter(fits, self.train)), list(filter(fits, self.eval))
-        if not train or not held_out:
+        if not (train and held_out):
             raise UsageError(f"in a context of {policy.context} tokens, too few questions leave "
                              "room for a turn; see --context and --turn-tokens")
-        return self._replace(train=train, eval=held_out, notice=self.notice + left_out(
-            self.train + self.eval, train + held_out, "are too long"))
+        num = len(self.train + self.eval) - len(train + held_out)
+        notice = self.notice + left_out(num, "are too long")
+        return self._replace(train=train, eval=held_out, notice=notice)
 
 
 def load_data(config):
@@ -90,12 +91,12 @@ def load_file(file, everything):
     id, num = Counter(question.id for question in questions).most_common(1)[0]
     if num > 1:
         raise UsageError(f"{file}: {num} questions have the id {id}")
-    return questions, ReActEnv(wiki, MAX_TURNS), left_out(found, questions, "have no answer")
+    num = len(found) - len(questions)
+    return questions, ReActEnv(wiki, MAX_TURNS), left_out(num, "have no answer")
 
 
-def left_out(all_of_them, kept, why):
-    """A line that says how many are not kept, "" where all are."""
-    num = len(all_of_them) - len(kept)
+def left_out(num, why):
+    """A line for `num` questions, "" for none."""
     return f"\n{num} questions {why} and are left out" if num else ""
 
 
