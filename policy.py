@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from engine.attention import pack
 from engine.caches import feed_cache
 from engine.errors import UsageError, first_line
-from engine.files import fingerprint_of_weights, model_folder
-from engine.loading import (adapter_weights, check_logits, check_vocabulary, import_bitsandbytes,
-                            load_model, set_adapter, steady_context)
+from engine.files import fingerprint_of_files, model_folder
+from engine.loading import (FILES, adapter_weights, check_logits, check_vocabulary,
+                            import_bitsandbytes, load_model, set_adapter, steady_context)
 from engine.memory import best_device, plain_layers, plan_memory
 from engine.sampling import sampling_mode
 from engine.text import Codec
@@ -44,7 +44,7 @@ class Policy:
         self.device = next(model.parameters()).device
         base = model.get_base_model()
         self.body, self.head = base.base_model, base.get_output_embeddings()
-        self.fingerprint = fingerprint_of_weights(base.name_or_path)
+        self.fingerprint = fingerprint_of_files(base.name_or_path, *FILES)
         self.softcap = getattr(base.config, "final_logit_softcapping", None)
 
         # models that our warm start made were taught the bare prompt, without examples

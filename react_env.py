@@ -15,7 +15,7 @@ A turn is one call of a tool (Yao et al. 2023, `wikienv.py`):
   Finish[answer]   ends the episode; reward 1 if the answer is an exact match, else 0
 
 More is understood than by the original: white space around an action, marks around the
-words `**Action:**` and `action :`, which may be in any case, and titles in another case,
+words `**Action:**`, `action :` and `SEARCH [x]`, which may be in any case, titles in another case,
 with HTML entities or with other white space. One thing is not: `think[x]` is an invalid
 action. As there, `Lookup[]` walks through the whole page. Faults of the original are not
 repeated: an empty action or a backslash in a page raised an error, an episode that ran out of
@@ -196,11 +196,12 @@ class Action(NamedTuple):
     argument: str
 
 
-_ACTION = re.compile(r"([Ss]earch|[Ll]ookup|[Ff]inish)\[(.*)\]", re.DOTALL)
 # Models write marks of emphasis and of lists around a word. Few: the time must stay bounded.
-_MARKS = r"[ \t*_`#>~.\-\"'()]{0,8}"
-_MARKER = re.compile(rf"^{_MARKS}Action{_MARKS}\d*{_MARKS}:{_MARKS}", re.MULTILINE | re.IGNORECASE)
-_STOP = re.compile(rf"[][]|\n{_MARKS}Observation{_MARKS}\d*{_MARKS}:", re.IGNORECASE)
+_MARKS = r"[ \t\u00a0*_`#>~.\-\"'()•\d]{0,12}"
+_ACTION = re.compile(rf"[\s*_`]{{0,12}}(search|lookup|finish){_MARKS}\[(.*)\]",
+                     re.DOTALL | re.IGNORECASE)
+_MARKER = re.compile(rf"^{_MARKS}Action{_MARKS}:{_MARKS}", re.MULTILINE | re.IGNORECASE)
+_STOP = re.compile(rf"[][]|\n{_MARKS}Observation{_MARKS}:", re.IGNORECASE)
 
 
 def parse_action(text):

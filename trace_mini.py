@@ -86,7 +86,7 @@ class Config:
     checkpoint_every: int = dial(10, "basic", "steps between checkpoints", 1, free=True)
     show_tree: bool = dial(False, "basic", "print a tree, too, with each episode", free=True)
     learning_rate: float = dial(None, "method", "of the LoRA weights (default: by the model)")
-    num_continuations: int = dial(2, "method", "N: continuations per bare rollout")
+    num_continuations: int = dial(2, "method", "N: continuations per bare rollout", high=100)
     pool_size: int = dial(32, "method", "candidates (not for uniform, pcl, mopps)", 1)
     group_size: int = dial(8, "method", "leaves per prompt, about, of equal groups", 2)
     root_rule: str = dial("", "method", "stage 1 (default: the arm's)", choices=ROOT_RULES)
@@ -326,5 +326,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character ends no run
     sys.exit(main())

@@ -113,7 +113,7 @@ def parse_dials(config_class, description, arguments=None):
         given.out = ""  # it goes on where it is
     for name, value in own_dials(saved).items() | {("out", "")}:
         if getattr(given, name) != value:
-            raise UsageError(f"--resume {given.resume}: that run has {flag_of(name)} {value}, not "
+            raise UsageError(f"--resume {given.resume}: that run has {name} {value}, not "
                              f"{getattr(given, name)}; only --steps, the memory dials and "
                              "--eval-only, with --data and --out, may change")
     return config_class(**vars(given))
@@ -153,6 +153,9 @@ def run_main(program, work, hint=""):
     """work() -> exit code: its own, or 1 where numbers broke down, 2 for what the user can mend,
     130 for Ctrl-C, 141 where nobody reads what is printed any more (as in `| head`). `hint` says
     how to go on."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may have been closed
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character ends nothing
     try:
         code = work() or 0
         sys.stdout.flush()

@@ -36,12 +36,13 @@ def fingerprint(content):
     return blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
-def fingerprint_of_weights(folder):
-    """Of all safetensors files in a folder: a second per gigabyte."""
+def fingerprint_of_files(folder, *patterns):
+    """Of all files in a folder with such names: a second per gigabyte."""
     digests = []
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            digests.append(file_digest(stream, "blake2b").hexdigest())
+    for pattern in patterns:
+        for file in sorted(Path(folder).glob(pattern)):
+            with open(file, "rb") as stream:
+                digests.append(file_digest(stream, "blake2b").hexdigest())
     return fingerprint(digests)
 
 

@@ -41,8 +41,8 @@ def load_model(name, four_bit, device, seed):
     if shape.get_text_config() is not shape:
         raise UsageError("it reads more than text; only models of text alone can be used")
     notice = ""
-    if not four_bit and getattr(shape, "quantization_config", None):
-        notice = "\nthe files of the model are quantised already: --no-4bit changes nothing"
+    if getattr(shape, "quantization_config", None):
+        notice = "\nthe files of the model are quantised already, and stay as they are"
     for key, value in vars(shape).items():
         if "drop" in key and isinstance(value, float):
             setattr(shape, key, 0.0)  # the update must see the network that sampled
@@ -127,7 +127,7 @@ def steady_context(policy, context):
         near = range(min(32, context // 2))
         alone = logits(*near)
         most = (1e-4 if policy.head.weight.dtype == torch.float32 else 0.05) * alone.std()
-        while context > 64 and (logits(*near, context - 1) - alone).square().mean().sqrt() > most:
+        while context > 8 and (logits(*near, context - 1) - alone).square().mean().sqrt() > most:
             context //= 2
     return context
 

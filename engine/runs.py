@@ -117,8 +117,7 @@ def load_checkpoint(folder):
     dials are not those of config.json."""
     files = checkpoint_files(folder)
     if not files:
-        raise UsageError(f"{folder}: no checkpoint there, so nothing is trained yet; "
-                         "delete the folder and start again")
+        raise UsageError(f"{folder}: no checkpoint there, nothing to go on with")
     then = "there is none before it, so start again in another folder"
     if len(files) > 1:
         then = f"delete it to go on from {files[-2].name}"
@@ -133,8 +132,8 @@ def load_checkpoint(folder):
         raise UsageError(f"{files[-1]}: damaged, or no checkpoint of ours; {then}") from None
     config = json.loads(Path(folder, "config.json").read_text())
     for name, value in saved["config"].items():
-        if name in config and config[name] != value:
-            raise UsageError(f"{folder}: config.json says {name} {config[name]}, and "
+        if config.get(name) != value:
+            raise UsageError(f"{folder}: config.json says {name} {config.get(name)}, and "
                              f"{files[-1].name} {value}. If config.json was edited, put {value} "
                              f"back; if the checkpoint is another run's, {then}")
     return saved
@@ -142,7 +141,7 @@ def load_checkpoint(folder):
 
 def inputs_of(policy, data):
     """{what a run reads: fingerprint of its content}."""
-    return {"weights": policy.fingerprint, **data.fingerprints()}
+    return {"model": policy.fingerprint, **data.fingerprints()}
 
 
 def check_inputs(folder, saved, inputs):
@@ -153,8 +152,8 @@ def check_inputs(folder, saved, inputs):
         return say(f"{folder}: an old checkpoint: {', '.join(inputs)} were not checked")
     for name, value in inputs.items():
         if known[name] != value:
-            raise UsageError(f"--resume {folder}: the {name} are not those that the run began "
-                             "with; bring them back, or start a new run")
+            raise UsageError(f"--resume {folder}: {name}: not what the run began with; bring it "
+                             "back, or start a new run")
 
 
 def save_adapter(model, folder):

@@ -28,7 +28,7 @@ class Codec:
             for put, nothing in PREFIXES.items():
                 part = re.sub(put, nothing, part)
             parts[name] = json.loads(part)
-        parts["post_processor"] = None
+        parts.update(post_processor=None, truncation=None, padding=None)
         self.tokenizer = tokenizer
         self.template = Tokenizer.from_str(json.dumps(parts))  # of a chat template's own words
         self.plain = Tokenizer.from_str(json.dumps(parts | {"added_tokens": []}))  # of data
@@ -53,7 +53,7 @@ class Codec:
     def check_joints(self):
         """UsageError where pieces of a transcript do not join to the text that they are."""
         ids = self.encode("x")
-        for piece in (" Where?", "\nThought:", observation_text("[A] (b), c.")):
+        for piece in (" Where?", "\nThought:", observation_text("[A] (b),  Zürich 東京 x².")):
             text = self.decode(ids) + piece
             ids = ids + self.encode(piece)
             if self.decode(ids) != text:

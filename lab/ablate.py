@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
-from engine.files import (fingerprint, fingerprint_of_weights, model_folder, read_lines,
+from engine.files import (fingerprint, fingerprint_of_files, model_folder, read_lines,
                           write_json)
 from engine.runs import checkpoint_file, checkpoint_files, load_checkpoint
 from lab.pictures import draw_arms
@@ -159,7 +159,7 @@ def made_with(config):
 def weights_and_world(model, wiki_seed):
     """Their fingerprints: of the embedded model or a folder; of a hub's model the name must do."""
     data = load_data(Config(wiki_seed=wiki_seed))
-    return fingerprint_of_weights(model_folder(model)), data.fingerprints()
+    return fingerprint_of_files(model_folder(model), "*.safetensors"), data.fingerprints()
 
 
 # ---------------------------------------------------------------- running

@@ -28,6 +28,7 @@ from engine.command_line import Parser, run_main
 from engine.draw import COLOURS, STYLES, Picture
 from engine.errors import UsageError
 from engine.files import read_lines
+from engine.runs import check_inputs, inputs_of, load_checkpoint
 from lab.baselines import BASELINES
 from lab.tables import write_rows
 from policy import load_policy
@@ -152,6 +153,7 @@ def measure(run, anchors, points, out):
     Path(out).mkdir(parents=True, exist_ok=True)
     policy = load_policy(config)
     data = load_data(config).that_fit(policy)
+    check_inputs(run, load_checkpoint(run), inputs_of(policy, data))
     predictors = {name: make(policy, data.env, config.seed) for name, make in MAKERS.items()}
     serving = predictors[config.predictor]
     del predictors["oracle"]

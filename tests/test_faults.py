@@ -95,9 +95,12 @@ def test_files_that_are_quantised_already_are_said_to_be(tmp_path):
 
 # ---------------------------------------------------------------- text
 def test_no_added_token_comes_out_of_data(tmp_path):
-    """Special or not: a flag of the tokenizer does not say what a token does."""
-    policy = of_model(tmp_path, change=lambda tokenizer: tokenizer.add_tokens(
-        ["<tool_call>", "<think>"]))
+    """Special or not: a flag of the tokenizer does not say what a token does. Nor is text cut
+    where a tokenizer was saved with a length."""
+    def change(tokenizer):
+        tokenizer.add_tokens(["<tool_call>", "<think>"])
+        tokenizer.backend_tokenizer.enable_truncation(8)
+    policy = of_model(tmp_path, change=change)
     text = "Is <tool_call> a tag? <think> or </s> or <|eot_id|>"
     ids = policy.encode(text)
     assert not set(ids) & set(policy.tokenizer.added_tokens_decoder)
@@ -148,7 +151,8 @@ def test_a_tag_that_the_template_leaves_open_is_told(tmp_path):
 
 @pytest.mark.parametrize("text", [
     "I look.\n**Action:** Search[A]", "I look.\nAction : Search[A]",
-    "I look.\n- ACTION 2: Search[A]", "I look.\n__Action__: `Search[A]`"])
+    "I look.\n- ACTION 2: Search[A]", "I look.\n__Action__: `Search[A]`",
+    "I look.\n1. Action: **SEARCH** [A]", "I look.\nAction:\n```\nSearch[A]\n```"])
 def test_the_marker_of_an_action_is_read_as_by_a_reader(text):
     thought, action = split_completion(text)
     assert thought == "I look." and parse_action(action) == ("search", "A")
@@ -164,7 +168,7 @@ def test_an_answer_that_is_nothing_earns_nothing():
 
 @pytest.mark.parametrize("file, said", [
     ("one-overlong.json", "1 questions are too long"),
-    ("musique-full.jsonl", "20 questions have no"),
+    ("musique-full.jsonl", "20 questions of"),
     ("hub-hotpot.json", ""), ("hub-2wiki.jsonl", "")])
 def test_records_that_cannot_be_used_end_no_run(faults, tmp_path, capsys, file, said):
     assert run(f"--data={faults}/{file}", "--steps=1", f"--out={tmp_path}") == 0
@@ -190,6 +194,10 @@ def test_columns_are_read_as_rows(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps(record))
     [question], wiki = load_questions(tmp_path / "m.jsonl")
     assert question.gold_titles == ("Ost",) and wiki.text("Ost") == "Ana founded Ost."
+    record = {"id": "1", "question": "Who?", "evidences": "", "context": [{
+        "sentences": ["Ana founded Ost."], "title": "Ost"}]}
+    (tmp_path / "w.jsonl").write_text(json.dumps(record))
+    assert load_questions(tmp_path / "w.jsonl")[1].text("Ost") == "Ana founded Ost."
 
 
 def test_inputs_are_known_by_content(faults, tmp_path, capsys, monkeypatch):
@@ -203,13 +211,15 @@ def test_inputs_are_known_by_content(faults, tmp_path, capsys, monkeypatch):
     assert main([*resume, "--steps=2"]) == 0
     capsys.readouterr()
     shutil.copy(faults / "one-overlong.json", file)
-    assert_refused(main, resume, "the questions are not those", capsys)
+    assert_refused(main, resume, "questions: not what the run began with", capsys)
     config.write_text(config.read_text().replace('"budget": 300', '"budget": 400'))
+    assert_refused(main, resume, "put 300 back", capsys)
+    config.write_text(config.read_text().replace('"budget": 400,', ""))
     assert_refused(main, resume, "put 300 back", capsys)
 
 
 def test_an_old_checkpoint_goes_on_unchecked(tmp_path, capsys):
     check_inputs(tmp_path, {}, {"weights": "1"})
     assert "were not checked" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="the weights are not those"):
+    with pytest.raises(UsageError, match="weights: not what the run began with"):
         check_inputs(tmp_path, {"inputs": {"weights": "2"}}, {"weights": "1"})

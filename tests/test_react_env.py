@@ -103,7 +103,7 @@ def test_similar_ranks_title_above_text_and_always_answers(capfd):
     ("Search[ a ]", "search", " a "),  # the original strips the action, not the argument
     ("Search[a] then Finish[b]", "search", "a] then Finish[b"),  # up to the final ]
     (" Finish[two\nlines]\n", "finish", "two\nlines"),
-    ("SEARCH[x]", "invalid", "SEARCH[x]"),  # only the first letter has either case
+    ("SEARCH[x]", "search", "x"),
     ("Search[x].", "invalid", "Search[x]."),
     ("I say Finish[x]", "invalid", "I say Finish[x]")])
 def test_parse_action(text, kind, argument):

@@ -122,7 +122,7 @@ def test_what_a_run_lost_is_not_hidden(copy, capsys):
     (copy / "metrics.jsonl").write_text("")
     assert_refused(main, [f"--resume={copy}", "--steps=5"], "metrics.jsonl: shorter", capsys)
     shutil.rmtree(copy / "checkpoint")
-    assert_refused(main, [f"--resume={copy}"], "delete the folder and start again", capsys)
+    assert_refused(main, [f"--resume={copy}"], "nothing to go on with", capsys)
 
 
 @pytest.mark.parametrize("content, word", [

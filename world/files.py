@@ -15,7 +15,7 @@ MUSIQUE = COMMON | {"answer_aliases": [str], "answerable": bool,
                     "paragraphs": [{"title": str, "paragraph_text": str}]}
 UNTOLD = {"answer": None, "answer_aliases": [], "answerable": True, "type": "",
           "supporting_facts": []}  # by test splits
-NESTED = {"context", "supporting_facts", "paragraphs"}
+NESTED = {"context", "supporting_facts", "paragraphs", "answer_aliases"}
 ALIASES = {"Q_id": str, "aliases": [str], "demonyms": [str]}
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=\S)")  # in MuSiQue; " " joins it again
 
@@ -98,15 +98,27 @@ def _unfold(record):
         return record
     told = dict(UNTOLD)
     for name, value in record.items():
-        if name in NESTED and isinstance(value, str):
-            value = json.loads(value)
-        columns = value.values() if isinstance(value, dict) else ()
-        if name in NESTED and columns and all(isinstance(column, list) for column in columns):
-            rows = zip(*columns)
-            value = [dict(zip(value, row)) if name == "paragraphs" else row for row in rows]
+        if name in NESTED:
+            value = _unfold_field(name, value)
         if value is not None:
             told["id" if name == "_id" else name] = value
     return told
+
+
+def _unfold_field(name, value):
+    if isinstance(value, str):
+        value = json.loads(value or "[]")
+    columns = value.values() if isinstance(value, dict) else ()
+    if columns and all(isinstance(column, list) for column in columns):
+        value = [dict(zip(value, row)) for row in zip(*columns, strict=True)]
+    if name in ("context", "supporting_facts") and isinstance(value, list):
+        value = [_row(item) if isinstance(item, dict) else item for item in value]
+    return value
+
+
+def _row(fields):
+    """The values of a record as a list, the title first."""
+    return [fields[name] for name in sorted(fields, key=lambda name: name != "title")]
 
 
 def _check(value, shape, where):

@@ -24,7 +24,8 @@ class Data(NamedTuple):
     train: list
     eval_env: ReActEnv
     eval: list
-    notice: str = ""  # lines about questions that were left out
+    num_eval: int        # how many of `eval` are wanted
+    notice: str = ""     # lines about questions that were left out
 
     def fingerprints(self):
         """{what: hash of its content}, to know it again on --resume; of a file that is only
@@ -48,7 +49,7 @@ class Data(NamedTuple):
                              "room for a turn; see --context and --turn-tokens")
         num = len(self.train + self.eval) - len(train + held_out)
         notice = self.notice + left_out(num, "are too long")
-        return self._replace(train=train, eval=held_out, notice=notice)
+        return self._replace(train=train, eval=held_out[:self.num_eval], notice=notice)
 
 
 def load_data(config):
@@ -58,14 +59,15 @@ def load_data(config):
         world = make_world(NUM_ARTICLES, config.wiki_seed)
         env = ReActEnv(world.wiki, MAX_TURNS)
         try:
-            return Data(env, make_questions(world, NUM_QUESTIONS, split="train"),
-                        env, make_questions(world, num_eval, split="eval"))
+            train = make_questions(world, NUM_QUESTIONS, split="train")
+            return Data(env, [] if config.scores_a_file else train,
+                        env, make_questions(world, num_eval, split="eval"), num_eval)
         except UsageError as error:
             raise UsageError(f"--eval-questions, --final-eval-questions: {error}") from None
     everything = config.scores_a_file
     questions, env, notice = load_file(config.data, everything)
     if everything:
-        return Data(env, [], env, questions, notice)
+        return Data(env, [], env, questions, len(questions), notice)
     held_out, eval_env = [q for q in questions if is_held_out(q)], env
     if config.eval_data:
         held_out, eval_env, more = load_file(config.eval_data, everything)
@@ -74,7 +76,7 @@ def load_data(config):
     questions = [question for question in questions if question.id not in known]
     if not questions or not held_out:
         raise UsageError(f"--data {config.data}: too few questions to train and to evaluate on")
-    return Data(env, questions, eval_env, held_out[:num_eval], notice)
+    return Data(env, questions, eval_env, held_out, num_eval, notice)
 
 
 def load_file(file, everything):
@@ -91,8 +93,8 @@ def load_file(file, everything):
     id, num = Counter(question.id for question in questions).most_common(1)[0]
     if num > 1:
         raise UsageError(f"{file}: {num} questions have the id {id}")
-    num = len(found) - len(questions)
-    return questions, ReActEnv(wiki, MAX_TURNS), left_out(num, "have no answer")
+    told = left_out(len(found) - len(questions), f"of {file} have no answer, or no text,")
+    return questions, ReActEnv(wiki, MAX_TURNS), told
 
 
 def left_out(num, why):
@@ -102,7 +104,8 @@ def left_out(num, why):
 
 def is_held_out(question):
     """A fifth of all questions, by hash of the id."""
-    return int.from_bytes(blake2b(question.id.encode(), digest_size=4).digest()) % 5 == 0
+    id = question.id.encode(errors="surrogatepass")
+    return int.from_bytes(blake2b(id, digest_size=4).digest()) % 5 == 0
 
 
 def summarise(questions, scores, first=None):
