@@ -54,6 +54,7 @@ def test_a_context_ends_where_the_encoding_of_positions_changes(tmp_path):
             "original_max_position_embeddings": 128}
     policy = of_model(tmp_path / "yarn", rope_parameters=yarn, max_position_embeddings=512)
     assert policy.context == 512 and "positions" not in policy.notice
+    assert load_policy(Config(context=41, turn_tokens=8)).context == 41
 
 
 @pytest.mark.parametrize("kind, why", [
