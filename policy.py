@@ -71,8 +71,8 @@ class Policy:
             self.notice += f"\nthe model's context is {wanted} tokens, not {config.context}"
         self.context = steady_context(self, wanted)
         if self.context < wanted:
-            self.notice += (f"\nits encoding of positions changes beyond {self.context} tokens: "
-                            "the context ends there")
+            self.notice += ("\nits encoding of positions changes with the length: the context is "
+                            f"{self.context} tokens, where it does not")
         if self.context <= self.turn_tokens:
             raise UsageError(f"a context of {self.context} tokens has no room for a turn of "
                              f"{self.turn_tokens}; see --context and --turn-tokens")
