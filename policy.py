@@ -14,13 +14,14 @@ from engine.errors import UsageError, first_line
 from engine.files import fingerprint_of_files, model_folder
 from engine.loading import (FILES, adapter_weights, check_logits, check_vocabulary,
                             import_bitsandbytes, load_model, set_adapter, steady_context)
-from engine.memory import best_device, plain_layers, plan_memory
+from engine.memory import adapted_layers, best_device, plan_memory
 from engine.sampling import sampling_mode
 from engine.text import Codec
-from tree import Node, path
+from tree import Node, full_path
 
 MAX_GRAD_NORM = 1.0    # gradients are clipped to this norm
 LOGIT_CHUNK = 2 ** 25  # logits held at once in the update
+MIN_PREAMBLE = 64      # ids in front of all questions that are worth a node of their own
 
 
 class Sizes(NamedTuple):
@@ -48,14 +49,15 @@ class Policy:
         self.softcap = getattr(base.config, "final_logit_softcapping", None)
 
         # models that our warm start made were taught the bare prompt, without examples
-        bare_prompt = getattr(base.config, "trace_mini_prompt", "") == "bare"
-        sizes = EMBEDDED_SIZES if bare_prompt else OTHER_SIZES
+        embedded = getattr(base.config, "trace_mini_prompt", "") == "bare"
+        sizes = EMBEDDED_SIZES if embedded else OTHER_SIZES
         self.turn_tokens = config.turn_tokens or sizes.turn_tokens
         self.observation_tokens = sizes.observation_tokens
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
-        rate = sizes.learning_rate if config.learning_rate is None else config.learning_rate
-        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
-        self.plain = plain_layers(self.body, self.head.weight.itemsize)
+        rate = config.learning_rate
+        self.learning_rate = sizes.learning_rate if rate is None else rate
+        self.start_optimizer()
+        self.layers, self.plain = adapted_layers(self.body), False
 
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -64,9 +66,7 @@ class Policy:
         self.num_words, holes = check_vocabulary(tokenizer, len(self.head.weight), self.end_ids)
         self.holes = torch.tensor([], dtype=torch.long, device=self.device)
 
-        window = getattr(base.config, "sliding_window", None)  # our masks do not slide
-        wanted = min(config.context or sizes.context, base.config.max_position_embeddings,
-                     window or 2 ** 31)
+        wanted = min(config.context or sizes.context, base.config.max_position_embeddings)
         if wanted < config.context:
             self.notice += f"\nthe model's context is {wanted} tokens, not {config.context}"
         self.context = steady_context(self, wanted)
@@ -84,31 +84,35 @@ class Policy:
         check_logits(self)
         self.holes = torch.tensor(holes, dtype=torch.long, device=self.device)
         self.plan = plan_memory(self)
-        self.cache_tokens = self.plan.cache_tokens
+        self.cache_tokens, self.plain = self.plan.cache_tokens, self.plan.plain
         if self.plan.checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
 
-        self.before, self.behind, told = self.codec.prompt(
-            bare_prompt, self.context - 4 * self.turn_tokens)
+        before, behind, told = self.codec.prompt(
+            embedded or config.cold_start > 0, self.context - 4 * self.turn_tokens)
+        self.set_prompt(before, behind)
         self.notice += told
-        if bare_prompt and config.data != "toy":
+        if embedded and config.data != "toy":
             self.notice += ("\nthis policy knows the toy wiki only: --model names another for "
                             "other questions")
-
-    @property
-    def num_live(self):
-        """Episodes that may be sampled together."""
-        return max(1, self.cache_tokens // self.context)
 
     # ------------------------------------------------------------ text and ids
     def encode(self, text):
         """Ids of plain text."""
         return self.codec.encode(text)
 
+    def set_prompt(self, before, behind):
+        """Ids before and behind the question. Many in front of it stand once, above all roots."""
+        self.before, self.behind, self.preamble = before, behind, None
+        if len(before) >= MIN_PREAMBLE:
+            self.preamble = Node(np.array(before, np.int32), 0, None)
+
     def root(self, question, env):
         """The root node of a question's tree: its prompt."""
-        ids = self.before + self.encode(" " + question.text) + self.behind
-        return Node(np.array(ids, np.int32), 0, env.reset(question))
+        ids = self.encode(" " + question.text) + self.behind
+        if self.preamble is None:
+            ids = self.before + ids
+        return Node(np.array(ids, np.int32), 0, env.reset(question), preamble=self.preamble)
 
     def text(self, ids):
         return self.codec.decode(ids)
@@ -131,7 +135,8 @@ class Policy:
 
     def sampling(self):
         """A context in which forward passes sample: no gradients, no dropout."""
-        return sampling_mode(self.model, self.plain, self.head.weight.dtype)
+        layers = self.layers if self.plain else []
+        return sampling_mode(self.model, layers, self.head.weight.dtype)
 
     # ------------------------------------------------------------ log-probs
     def logprobs(self, nodes, scored):
@@ -162,6 +167,17 @@ class Policy:
                           for parts in zip(hidden.split(size), ids.split(size))])
 
     # ------------------------------------------------------------ update
+    def forget_preamble(self):
+        """Its keys and values are those of the present weights only."""
+        if self.preamble:
+            self.preamble.cache = None
+
+    def start_optimizer(self):
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, weight_decay=0.0)
+
+    def set_rate(self, rate):
+        self.optimizer.param_groups[0]["lr"] = rate
+
     def update(self, credits):
         """One step of the policy gradient on trees with credit, [{node: advantage}] -> metrics.
 
@@ -174,6 +190,7 @@ class Policy:
             weight.update(credit)
         loss_tokens = sum(node.num_sampled for node in weight)
         self.model.train()
+        self.forget_preamble()
         self.optimizer.zero_grad()
         loss_sum = 0.0
         for nodes, scored in self.micro_batches(weight):
@@ -198,11 +215,11 @@ class Policy:
         for node, value in weight.items():
             if not node.num_sampled or not value:
                 continue  # it trains nothing
-            new = sum(len(above.ids) for above in path(node) if above not in batch)
+            new = sum(len(part.ids) for part in full_path(node) if part not in batch)
             if scored and num_tokens + new > self.config.micro_batch_tokens:
                 yield list(batch), scored
                 batch, scored, num_tokens, new = {}, [], 0, node.length
-            batch.update(dict.fromkeys(path(node)))
+            batch.update(dict.fromkeys(full_path(node)))
             scored.append(node)
             num_tokens += new
         if scored:
@@ -212,12 +229,13 @@ class Policy:
     def state_dict(self):
         """LoRA weights, optimiser state and prompt, for checkpoints."""
         return {"adapter": adapter_weights(self.model), "optimizer": self.optimizer.state_dict(),
-                "prompt": [self.before, self.behind]}
+                "prompt": [self.before, self.behind], "plain": self.plain}
 
     def load_state_dict(self, state):
         set_adapter(self.model, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.before, self.behind = state.get("prompt", (self.before, self.behind))
+        self.set_prompt(*state.get("prompt", (self.before, self.behind)))
+        self.plain = state.get("plain", self.plain)
 
 
 def load_policy(config):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from engine.caches import forget_caches, forget_paths, held_tokens, move
+from engine.caches import cached_above, forget_caches, forget_paths, held_tokens, move
 from engine.memory import halving
 from engine.sampling import RaggedCache, keyed_uniforms, rollout_key, sample_tokens
 from react_env import action_end, observation_text, split_completion
@@ -31,29 +31,26 @@ class Rollout:
     ids: list = field(default_factory=list)       # sampled in the present turn
     logprobs: list = field(default_factory=list)  # ... and their log-probs
 
+    @property
+    def fed(self):
+        """The last node that the policy has been fed, or will be."""
+        return self.node.parent if self.node.is_leaf else self.node
 
-def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False):
+
+def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False, progress=None):
     """Start counts[i] rollouts at anchors[i] and play all to their ends -> their leaves, anchor
     by anchor.
 
     `key` = (seed, step): with question and sample number it fixes every random number, so that
     episodes do not depend on how the work is split. With `keep` the trees keep their caches, as
-    far as there is room, for rollouts that start at their turns later."""
+    far as there is room, for rollouts that start at their turns later. `progress(n)` is told of
+    every n episodes that have ended."""
     num_children = {anchor: len(anchor.children) for anchor in anchors}
     roots = dict.fromkeys(path(anchor)[0] for anchor in anchors)  # a set that keeps its order
 
     def work():
         rollouts = start(policy, anchors, counts, key)
-        waiting = unfinished(rollouts)
-        while waiting:
-            some, waiting = waiting[:policy.num_live], waiting[policy.num_live:]
-            fresh = dict.fromkeys(r.anchor for r in some if r.anchor.cache is None)
-            fill(policy, list(fresh))
-            play(policy, env, some, greedy)
-            if held_tokens(roots) > policy.cache_tokens:  # what is needed is computed again
-                forget_paths(some)
-                for anchor in fresh:
-                    anchor.cache = None
+        play(policy, env, rollouts, greedy, roots if keep else (), progress)
         return standing(rollouts)
 
     def undo():
@@ -87,31 +84,65 @@ def start(policy, anchors, counts, key):
     return rollouts
 
 
-def play(policy, env, rollouts, greedy):
-    """Play some rollouts together to their ends, each turn of all of them at once."""
-    live, anchors = rollouts, standing(rollouts)
-    cache = RaggedCache.fork(anchors)
-    hidden = torch.tensor(np.stack([node.hidden for node in anchors]), device=policy.device)
-    number_rows(live)
-    while True:
-        sample_turn(policy, cache, live, hidden, greedy)
+def play(policy, env, rollouts, greedy, kept, progress):
+    """Play rollouts to their ends, each turn of all live ones at once. Live are as many as the
+    cache has room for; a place that becomes free is taken at the next turn. The trees of the roots
+    `kept` keep the caches of what has ended."""
+    waiting, live, ended, cache = unfinished(rollouts), [], [], None
+    while live or waiting:
+        size = num_that_fit(policy, standing(live + waiting))
+        if size != len(live) or len(live) <= MOST_LIVE * cache.num_rows:
+            put_away(policy, ended, live, kept)
+            ended = []
+            cache, live, waiting = seat(policy, live, waiting, size)
+        sample_turn(policy, cache, live, greedy)
         for rollout in live:
             text = policy.text(rollout.ids)
             action = split_completion(text)[1]
             end_turn(policy, rollout, text, env.step(rollout.node.state, action))
-        live = unfinished(live)
-        if not live:
-            return
-        hidden = feed(policy, cache, live)
-        if len(live) <= MOST_LIVE * cache.num_rows:  # those that ended leave
-            ends = []
-            for rollout in rollouts:
-                above = rollout.node.parent
-                if rollout.node.is_leaf and above.cache[0] is cache:
-                    ends.append(above)
-            move(ends)
-            cache = move(standing(live))
-            number_rows(live)
+        played, live = live, unfinished(live)
+        ended += [rollout for rollout in played if rollout.node.is_leaf]
+        if progress:
+            progress(len(played) - len(live))
+        if live:
+            feed(policy, cache, live)
+    put_away(policy, ended, live, kept)
+
+
+def num_that_fit(policy, nodes):
+    """How many of the paths to these nodes the cache holds, side by side, with room for a turn of
+    each; at least one."""
+    room, longest = policy.turn_tokens + policy.observation_tokens, 0
+    for i, node in enumerate(nodes):
+        longest = max(longest, min(node.length + room, policy.context))
+        if i and (i + 1) * longest > policy.cache_tokens:
+            return i
+    return len(nodes)
+
+
+def seat(policy, live, waiting, size):
+    """The first `size` of all get a cache together. Live ones for which it has no more room wait,
+    and what they added is fed again. -> (cache, live, waiting)"""
+    forget_paths(live[size:])
+    live, waiting = (live + waiting)[:size], (live + waiting)[size:]
+    fresh = [node for node in dict.fromkeys(standing(live)) if node.cache is None]
+    fill(policy, fresh)
+    cache = move(live)
+    awaited = set(standing(waiting))
+    for node in fresh:
+        if node.cache[0] is not cache and node not in awaited:
+            node.cache = None  # of an anchor
+    return cache, live, waiting
+
+
+def put_away(policy, ended, live, kept):
+    """Keep what has ended apart from what is live, or, as far as there is no room, not at all."""
+    added = [rollout for rollout in ended if rollout.fed is not rollout.anchor]
+    if kept and live and added:
+        move(added)
+    used = live[0].node.cache[0].num_columns() if live else 0
+    if not kept or held_tokens(kept) - used > policy.cache_tokens:
+        forget_paths(added)
 
 
 def unfinished(rollouts):
@@ -123,15 +154,10 @@ def standing(rollouts):
     return [rollout.node for rollout in rollouts]
 
 
-def number_rows(rollouts):
-    for row, rollout in enumerate(rollouts):
-        rollout.row = row
-
-
-def sample_turn(policy, cache, rollouts, hidden, greedy):
-    """Sample a turn of each rollout, token by token; hidden [R, W]: the hidden states
-    at their last tokens."""
-    live = rollouts
+def sample_turn(policy, cache, rollouts, greedy):
+    """Sample a turn of each rollout, token by token."""
+    live, hidden = rollouts, np.stack([rollout.node.hidden for rollout in rollouts])
+    hidden = torch.tensor(hidden, device=policy.device)
     for rollout in rollouts:
         rollout.ids, rollout.logprobs = [], []
     for t in range(policy.turn_tokens):
@@ -199,8 +225,8 @@ def observation_ids(policy, state, text):
 
 # ---------------------------------------------------------------- feeding
 def feed(policy, cache, rollouts):
-    """Feed what of each rollout's last turn is not in the cache yet, its last sampled token and
-    the observation -> hidden states [R, W]."""
+    """Feed what of each rollout's last turn is not in the cache yet: its last sampled token and
+    the observation."""
     ids, starts, rows = [], [], []
     for rollout in rollouts:
         node = rollout.node
@@ -208,28 +234,35 @@ def feed(policy, cache, rollouts):
         ids.append(node.ids[num_fed:])
         starts.append(node.parent.length + num_fed)
         rows.append(rollout.row)
-    return remember(policy, cache, standing(rollouts), ids, starts, rows)
+    remember(policy, cache, standing(rollouts), ids, starts, rows)
 
 
-def fill(policy, anchors):
-    """Feed whole paths, some at a time: a layer's activations of many long ones are large."""
-    longest = max((anchor.length for anchor in anchors), default=1)
+def fill(policy, nodes):
+    """Feed the paths to these nodes, each from the nearest node above that is in a cache, some
+    at a time: a layer's activations of many long ones are large."""
+    preamble = policy.preamble
+    if preamble and nodes and preamble.cache is None and nodes != [preamble]:
+        fill(policy, [preamble])
+    starts = []
+    for node in nodes:
+        known = cached_above(node)
+        starts.append(known.length if known else 0)
+    longest = max((node.length - start for node, start in zip(nodes, starts)), default=1)
     size = max(1, 4 * policy.config.micro_batch_tokens // longest)  # no gradients: four times
-    for i in range(0, len(anchors), size):
-        some = anchors[i:i + size]
-        ids = [path_ids(anchor)[:policy.context] for anchor in some]
-        remember(policy, RaggedCache(len(some)), some, ids, [0] * len(some),
+    for i in range(0, len(nodes), size):
+        some, begins = nodes[i:i + size], starts[i:i + size]
+        ids = [path_ids(node)[begin:policy.context] for node, begin in zip(some, begins)]
+        remember(policy, RaggedCache.fork(list(map(cached_above, some))), some, ids, begins,
                  list(range(len(some))))
 
 
 def remember(policy, cache, fed, ids, starts, rows):
     """Feed ids[i] to row rows[i], from column starts[i] on; the nodes `fed` keep the hidden state
-    there and their place in the cache -> hidden states [R, W] at the last ids."""
+    at their last token and their place in the cache."""
     ends = np.cumsum(list(map(len, ids))) - 1
     hidden = policy.forward(ids, rows, starts, cache)[ends]
     for node, row, values in zip(fed, rows, hidden.float().cpu().numpy()):
         node.hidden, node.cache = values, (cache, row)
-    return hidden
 
 
 def prefill(policy, roots):
@@ -238,7 +271,8 @@ def prefill(policy, roots):
     def work():
         waiting = [root for root in roots if root.hidden is None]
         while waiting:
-            some, waiting = waiting[:policy.num_live], waiting[policy.num_live:]
+            size = num_that_fit(policy, waiting)
+            some, waiting = waiting[:size], waiting[size:]
             fill(policy, some)
             if held_tokens(roots) > policy.cache_tokens:
                 forget_caches(some)

@@ -36,11 +36,12 @@ from engine.memory import best_device, describe_memory, trim_memory
 from engine.runs import (Journal, LapTimer, check_inputs, ctrl_c, describe_run, describe_scores,
                          describe_step, fresh_folder, inputs_of, load_checkpoint, save_run, say,
                          show, start_folder, tree_metrics)
-from engine.schedule import Schedule
+from engine.schedule import Schedule, parse_evaluations
 from policy import load_policy
 from predictor import PREDICTORS, predict, score_and_update
 from rollout import MOST_TOKENS, grow, prefill
 from tree import ADVANTAGES, advantages, backup, prefixes, sampled_tokens
+from world.cold_start import cold_start
 from world.files import write_predictions
 from world.questions import Prompts, load_data, summarise
 
@@ -73,7 +74,7 @@ POOL = {"uniform": 1, "pcl": 4, "mopps": 4}  # candidates per group; other rules
 @dataclass
 class Config:
     """Every dial of a run; the texts are what --help prints, the numbers behind them bounds."""
-    model: str = dial("tiny", "basic", "tiny (in the box), a hub id, or a folder")
+    model: str = dial("tiny", "basic", "tiny (in the box), a hub id, a folder, a .gguf file")
     data: str = dial("toy", "basic", "toy, or a file: HotpotQA, 2WikiMultihopQA, MuSiQue")
     eval_data: str = dial("", "basic", "file to evaluate on (default: a fifth of --data)")
     method: str = dial("trace", "basic", "which arm", choices=ARMS)
@@ -83,6 +84,7 @@ class Config:
     wiki_seed: int = dial(0, "basic", "of the toy wiki")
     out: str = dial("", "basic", "run folder (default: a new one in runs/)")
     resume: str = dial("", "basic", "run folder to go on with", free=True)
+    cold_start: int = dial(0, "basic", "demonstrations before step 1 (toy only)")
     checkpoint_every: int = dial(10, "basic", "steps between checkpoints", 1, free=True)
     show_tree: bool = dial(False, "basic", "print a tree, too, with each episode", free=True)
     learning_rate: float = dial(None, "method", "of the LoRA weights (default: by the model)")
@@ -98,9 +100,8 @@ class Config:
     context: int = dial(0, "memory", "most tokens per path (0: by the model)")
     cache_tokens: int = dial(0, "memory", "of live episodes (0: what fits)", free=True)
     micro_batch_tokens: int = dial(4096, "memory", "per backward pass", 1, free=True)
-    eval_questions: int = dial(500, "evaluation", "held-out questions per evaluation", 1)
-    final_eval_questions: int = dial(0, "evaluation", "after the last step (0: as before)")
-    eval_every: int = dial(0, "evaluation", "steps between (0: before and after only)")
+    eval_questions: str = dial("0:500,25:100,50:100,75:100,100:500", "evaluation",
+                               "PERCENT of the steps:NUMBER held out, or a NUMBER: both ends")
     eval_only: bool = dial(False, "evaluation", "train nothing, score --data", free=True)
 
     def __post_init__(self):
@@ -109,10 +110,13 @@ class Config:
             if arm and not getattr(self, name):
                 setattr(self, name, getattr(arm, name))
         check_dials(self)
+        self.evaluations = parse_evaluations(self.eval_questions)
         if self.prefix_rule == "none":
             self.num_continuations = 0
         if self.eval_data and (self.data == "toy" or self.scores_a_file):
             raise UsageError("--eval-data goes with training on a --data file")
+        if self.cold_start and self.data != "toy" and not self.scores_a_file:
+            raise UsageError(f"--cold-start: --data {self.data} has no oracle")
 
     @property
     def scores_a_file(self):
@@ -131,8 +135,7 @@ class State(NamedTuple):
     schedule: Schedule  # steps and tokens so far, and what a rollout costs
 
     @classmethod
-    def begin(cls, config, data, episode_tokens=50.0):
-        """`episode_tokens`: a guess of what an episode costs."""
+    def begin(cls, config, data, episode_tokens=50.0):  # a guess of what an episode costs
         schedule = Schedule(config.budget, config.num_continuations)
         schedule.guess(episode_tokens)
         return cls(Prompts(data.train, config.seed), schedule)
@@ -218,18 +221,14 @@ def draw_pool(config, state, policy, data, num_bare):
 # ---------------------------------------------------------------- evaluation
 def evaluate(policy, env, questions, progress=None, first=None):
     """Greedy episodes -> {tokens (sampled, per episode), predictions} and what `summarise` says."""
-    scores, predictions, tokens = {}, {}, 0
-    for i in range(0, len(questions), policy.num_live):
-        roots = [policy.root(question, env) for question in questions[i:i + policy.num_live]]
-        for leaf in grow(policy, env, roots, [1] * len(roots), greedy=True):
-            question = leaf.state.question
-            predictions[question.id] = leaf.state.prediction
-            scores[question.id] = question.score(leaf.state.prediction)
-        tokens += sum(map(sampled_tokens, roots))
-        if progress:
-            progress(len(roots))
-    return summarise(questions, scores, first) | {"tokens": tokens / len(questions),
-                                                  "predictions": predictions}
+    scores, predictions = {}, {}
+    roots = [policy.root(question, env) for question in questions]
+    for leaf in grow(policy, env, roots, [1] * len(roots), greedy=True, progress=progress):
+        question = leaf.state.question
+        predictions[question.id] = leaf.state.prediction
+        scores[question.id] = question.score(leaf.state.prediction)
+    tokens = sum(map(sampled_tokens, roots)) / len(questions)
+    return summarise(questions, scores, first) | {"tokens": tokens, "predictions": predictions}
 
 
 def score(policy, env, questions, folder, first=None):
@@ -253,21 +252,24 @@ def train(config, policy, data, folder, saved=None, stopped=()):
         step = saved["state"]["schedule"]["step"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
+    elif config.cold_start:
+        cold_start(policy, config.cold_start, config.seed, folder, stopped)
 
-    def assess(questions):
+    def assess(num):
         row = {"step": step, "sampled_tokens": state.schedule.sampled_tokens}
-        row |= score(policy, data.eval_env, questions, folder, config.eval_questions)
+        row |= score(policy, data.eval_env, data.eval[:num], folder, min(due.values()))
         journal.write("evals", row)
         say(describe_scores(row))
         return row
 
-    some = data.eval[:config.eval_questions]
+    due = {round(share * config.steps / 100): num for share, num in config.evaluations.items()}
     if journal.is_new:
         save_run(folder, 0, known, journal, parts)  # before it evaluates: it may be killed there
-        state.schedule.guess(assess(some)["tokens"])
+        state.schedule.guess(assess(due[0])["tokens"])
         save_run(folder, 0, known, journal, parts)
     todo = range(step + 1, config.steps + 1)
-    for step in tqdm(todo, config.method, config.steps, initial=step, unit="step"):
+    bar = tqdm(todo, config.method, config.steps, initial=step, unit="step")
+    for step in bar:
         trees, row = train_step(config, state, policy, predictor, data)
         trim_memory()
         say(describe_step(row))
@@ -275,19 +277,18 @@ def train(config, policy, data, folder, saved=None, stopped=()):
             show(policy, trees, config.show_tree)
         last, broken = step == config.steps, state.schedule.bad_steps >= MOST_BAD
         stop = bool(stopped)  # once: Ctrl-C may come at any moment
-        if last or (config.eval_every and step % config.eval_every == 0):
-            final = last and config.final_eval_questions
-            result = assess(data.eval[:final] if final else some)
+        if step in due:
+            result = assess(due[step])
             row |= {"eval_em": result["em"], "eval_f1": result["f1"]}
         journal.write("metrics", row)
+        bar.set_postfix_str(journal.latest())
         if last or stop or broken or step % config.checkpoint_every == 0:
             save_run(folder, step, known, journal, parts)
         if broken:
             raise NotFinite(f"{folder}: saved and stopped: in the last {MOST_BAD} steps a loss or "
                             "gradient was not finite; try a smaller --learning-rate")
         if stop and not last:
-            return say(f"saved after step {step}; go on with: "
-                       f"python trace_mini.py --resume {folder}")
+            return say(f"saved after step {step}; python trace_mini.py --resume {folder} goes on")
     say(f"done: metrics.jsonl, curve.png, predictions and adapter/ are in {folder}")
 
 
@@ -307,14 +308,14 @@ def run(config):
     data, policy = load_data(config), load_policy(config)
     data = data.that_fit(policy)
     check_inputs(config.resume, saved, inputs_of(policy, data))
+    if saved:
+        policy.load_state_dict(saved["policy"])
     if not (goes_on and config.eval_only):
         start_folder(folder, asdict(config), fresh=not goes_on)
     say(describe_memory(policy) + policy.notice + data.notice)
     if not config.eval_only:
         with ctrl_c() as stopped:
             return train(config, policy, data, folder, saved, stopped)
-    if saved:
-        policy.load_state_dict(saved["policy"])
     write_json(folder / "eval.json", result := score(policy, data.eval_env, data.eval, folder))
     say(describe_scores(result))
 

@@ -1,6 +1,7 @@
 """The rollout tree: turns as nodes, paths, targets and credit. Plain data, no torch.
 
-One tree holds all rollouts of one prompt. The root is the prompt. Every other node is one turn:
+One tree holds all rollouts of one prompt. The root is the prompt. (What all prompts begin with,
+examples above all, may stand once in front of all roots: their preamble.) Every other node is one turn:
 the ids that the policy sampled, then the ids of the observation. A bare rollout is a chain that
 starts at the root. A continuation branches off at a prefix of a bare rollout and shares all that
 stands above it, so every token is stored once and trained once.
@@ -33,15 +34,22 @@ class Node:
     num_leaves: int = 0            # n, set by backup
     cut_observation: bool = False  # the observation was longer than allowed
     overflowed: bool = False       # no room for another turn: the episode ends, reward 0
+    preamble: "Node | None" = None  # of a root: ids in front of all prompts, not in the tree
     depth: int = 0                 # turns from the root
-    length: int = 0                # tokens of the path, this node included
+    length: int = 0                # tokens of the path, preamble and this node included
 
     def __post_init__(self):
         self.length = len(self.ids)
+        if self.above is not None:
+            self.length += self.above.length
         if self.parent is not None:
             self.depth = self.parent.depth + 1
-            self.length += self.parent.length
             self.parent.children.append(self)
+
+    @property
+    def above(self):
+        """What stands right in front of it: its parent, or the preamble of a root."""
+        return self.preamble if self.parent is None else self.parent
 
     @property
     def is_leaf(self):
@@ -63,9 +71,15 @@ def path(node):
     return found[::-1]
 
 
+def full_path(node):
+    """The same, behind the preamble where there is one: all that the policy reads."""
+    found = path(node)
+    return found if found[0].preamble is None else [found[0].preamble, *found]
+
+
 def path_ids(node):
-    """Ids of the whole path, int32 [node.length]."""
-    return np.concatenate([turn.ids for turn in path(node)])
+    """Ids of the full path, int32 [node.length]."""
+    return np.concatenate([part.ids for part in full_path(node)])
 
 
 def nodes(root):

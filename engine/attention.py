@@ -1,6 +1,6 @@
 """Tokens of many paths in one sequence [1, N]: no padding, and in the update nothing twice.
 
-`pack` lays the turns of a forest end to end. Positions count along each path, and attention is
+`pack` lays the turns of a forest end to end, behind the preamble that all prompts share. Positions count along each path, and attention is
 limited to it: a span of turns asks the keys and values of its own path, gathered turn by turn. So
 what paths share is computed once, nothing is computed to be masked away, and no mask of N x N is
 made. In sampling the tokens of all rows stand end to end too; there only the attention pads.
@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from tree import path
+from tree import full_path
 
 
 
@@ -43,15 +43,15 @@ class Pack(NamedTuple):
 
 
 def pack(nodes, scored):
-    """`nodes`: a part of a forest, every parent before its children. `scored`: those of them
-    whose sampled tokens are scored, in order."""
+    """`nodes`: a part of a forest, everything behind what stands above it. `scored`: those of
+    them whose sampled tokens are scored, in order."""
     number = {node: i for i, node in enumerate(nodes)}
     sizes = [len(node.ids) for node in nodes]
     begins = np.cumsum([0, *sizes])
     spans, before = [], None
     for node in nodes:
-        if before is None or node.parent is not before:
-            spans.append(Span([number[above] for above in path(node.parent)]))
+        if before is None or node.above is not before:
+            spans.append(Span([number[part] for part in full_path(node)[:-1]]))
         spans[-1].line.append(number[node])
         spans[-1].num_tokens += len(node.ids)
         before = node
@@ -79,8 +79,11 @@ def packed_attention(module, query, key, value, mask, tree=None, places=None, **
 
 def attend_cache(module, query, key, value, mask, places, **kwargs):
     """places = (rows [N], slots [N]): token n is the slots[n]-th of those that see row rows[n] of
-    a cache, keys [R, heads, S, size], as far as the mask [R, 1, T, S] says."""
+    a cache, keys [R, heads, S, size], as far as the mask [R, 1, T, S] and the window say."""
     _, heads, _, size = query.shape
+    if (window := kwargs.get("sliding_window")) and window < mask.shape[-1]:
+        oldest = mask.sum(-1, keepdim=True) - window  # [R, 1, T, 1]
+        mask = mask & (torch.arange(mask.shape[-1], device=mask.device) >= oldest)
     padded = query.new_zeros(len(mask), mask.shape[2], heads, size)  # [R, T, heads, size]
     padded[places] = query[0].transpose(0, 1)
     found, _ = attend(module, padded.transpose(1, 2), key, value, mask, **kwargs)
@@ -88,13 +91,16 @@ def attend_cache(module, query, key, value, mask, places, **kwargs):
 
 
 def attend_tree(module, query, key, value, tree, **kwargs):
-    """Each span sees the turns on its path, up to each of its own tokens."""
+    """Each span sees the turns on its path, up to each of its own tokens, or the last of them where
+    the layer has a sliding window."""
     keys, values, found = key.split(tree.sizes, 2), value.split(tree.sizes, 2), []
+    window = kwargs.get("sliding_window") or sum(tree.sizes)
     parts = query.split([span.num_tokens for span in tree.spans], 2)
     for part, span in zip(parts, tree.spans):
         path_keys = torch.cat([keys[i] for i in span.line], 2)
         path_values = torch.cat([values[i] for i in span.line], 2)
-        mask = lower_right(part, path_keys) if path_keys.shape[2] > part.shape[2] else None
+        T, S = part.shape[2], path_keys.shape[2]
+        mask = lower_right(part, path_keys, window) if S > min(T, window) else None
         found.append(attend(module, part, path_keys, path_values, mask, **kwargs)[0])
     return torch.cat(found, 1)  # [1, N, heads, size]
 
@@ -114,10 +120,11 @@ def attend(module, query, key, value, mask, softcap=None, **kwargs):
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
-def lower_right(query, key):
-    """The mask [1, 1, T, S] of the last T of S tokens, each of which sees up to itself."""
+def lower_right(query, key, window=2 ** 31):
+    """The mask [1, 1, T, S] of the last T of S tokens: each sees `window` tokens, up to itself."""
     T, S = query.shape[2], key.shape[2]
-    return torch.ones(1, 1, T, S, dtype=torch.bool, device=key.device).tril(S - T)
+    seen = torch.ones(1, 1, T, S, dtype=torch.bool, device=key.device).tril(S - T)
+    return seen.triu(S - T - window + 1)
 
 
 AttentionInterface.register("packed", packed_attention)

@@ -28,15 +28,21 @@ def feed_cache(body, ids, rows, starts, cache):
                 places=(packed_rows, slots), cache=cache).last_hidden_state[0]
 
 
-def move(standing):
-    """A fork, after which all nodes that lay in those rows refer to the new ones: no copy of a path
-    outlives its use. -> the cache, None where there are no nodes"""
-    if not standing:
-        return None
-    moved = RaggedCache.fork(standing)
-    for row, node in enumerate(standing):
+def cached_above(node):
+    """The nearest node on the way up whose path is in a cache, or None."""
+    while node is not None and node.cache is None:
+        node = node.above
+    return node
+
+
+def move(rollouts):
+    """Copy the paths of these rollouts into a cache of their own, row by row: what they added to
+    their trees lies there from now on, so that no copy outlives its use. -> the cache"""
+    moved = RaggedCache.fork([rollout.fed for rollout in rollouts])
+    for row, rollout in enumerate(rollouts):
+        node, rollout.row = rollout.fed, row
         old = node.cache[0]
-        while node is not None and node.cache and node.cache[0] is old:
+        while node is not rollout.anchor and node.cache and node.cache[0] is old:
             node.cache = moved, row
             node = node.parent
     return moved

@@ -46,9 +46,10 @@ def label_axes(axes, ylabel):
 
 
 # ---------------------------------------------------------------- a run
+SMOOTH = 10  # steps whose mean reward is drawn
 CURVES = (  # (panel, column, meaning)
     (0, "em_first", "held-out exact match, greedy"),
-    (0, "reward_mean", "training: mean reward of bare rollouts"),
+    (0, "smooth_reward", f"training: reward of bare rollouts, mean of {SMOOTH} steps"),
     (1, "effective_ratio", "Effective Ratio, realised"),
     (1, "predicted_effective_ratio", "Effective Ratio, predicted"),
     (1, "predictor_auroc", "predictor AUROC (0.5: chance)"))
@@ -57,7 +58,10 @@ CURVES = (  # (panel, column, meaning)
 def draw_curve(folder):
     """Write curve.png of a run folder, from metrics.jsonl and evals.jsonl; -> its Path."""
     folder = Path(folder)
-    rows = read_lines(folder / "metrics.jsonl") + read_lines(folder / "evals.jsonl")
+    rows = read_lines(folder / "metrics.jsonl")
+    for row, reward in zip(rows, smoothed([row["reward_mean"] for row in rows])):
+        row["smooth_reward"] = reward
+    rows += read_lines(folder / "evals.jsonl")
     x = [row["sampled_tokens"] for row in rows]
     figure = Picture(figsize=(6.4, 7.5), layout="constrained")
     figure.suptitle(folder.resolve().name, parse_math=False)
@@ -68,6 +72,15 @@ def draw_curve(folder):
     label_axes(panels[0], "share of episodes")
     label_axes(panels[1], "share of prompts, or AUROC")
     return figure.write(folder / "curve.png")
+
+
+def smoothed(values):
+    """The mean of each value and of those before it, SMOOTH in all."""
+    means = []
+    for i in range(len(values)):
+        some = values[max(0, i + 1 - SMOOTH):i + 1]
+        means.append(sum(some) / len(some))
+    return means
 
 
 # ---------------------------------------------------------------- the cycle

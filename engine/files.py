@@ -37,8 +37,10 @@ def fingerprint(content):
 
 
 def fingerprint_of_files(folder, *patterns):
-    """Of all files in a folder with such names: a second per gigabyte."""
+    """Of all files in a folder with such names, or of one file: a second per gigabyte."""
     digests = []
+    if os.path.isfile(folder):
+        folder, patterns = os.path.split(folder)[0], [os.path.basename(folder)]
     for pattern in patterns:
         for file in sorted(Path(folder).glob(pattern)):
             with open(file, "rb") as stream:

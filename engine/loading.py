@@ -3,7 +3,9 @@ import logging
 import os
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -28,11 +30,36 @@ LORA_RANK = 16
 
 
 def load_model(name, four_bit, device, seed):
-    """-> (model with LoRA adapters, tokenizer, a notice or "")."""
+    """-> (model with LoRA adapters, tokenizer, a notice or ""). The base model's `name_or_path` is
+    where its files are."""
     import_bitsandbytes()
+    files = find_files(name)
+    if files.suffix != ".gguf":
+        return load_folder(files, name, four_bit, device, seed)
+    with TemporaryDirectory() as folder:
+        unpack_gguf(files, folder)
+        loaded = load_folder(Path(folder), name, four_bit, device, seed)
+    loaded[0].get_base_model().name_or_path = str(files)
+    return loaded
+
+
+def unpack_gguf(file, folder):
+    """Write a GGUF file as a folder with weights in 16 bits: only from such a one does transformers
+    make NF4."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    if not find_spec("gguf"):
+        raise UsageError("a GGUF file is read by the package gguf: pip install gguf")
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+def load_folder(folder, name, four_bit, device, seed):
+    """What load_model returns, from the files in a folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    folder = find_files(name)
     local = {"local_files_only": True, "trust_remote_code": False}  # nor ask on the terminal
     if not any(file for kind in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(kind)):
         raise UsageError("no tokenizer in that folder")
@@ -73,12 +100,13 @@ def load_model(name, four_bit, device, seed):
 
 
 def find_files(name):
-    """Folder of a model: a local one, or the hub's files, downloaded once and then cached."""
+    """A GGUF file, or the folder of a model: a local one, or the hub's files, downloaded once and
+    then cached."""
     from huggingface_hub import snapshot_download
-    if os.path.isdir(name):
+    if os.path.isdir(name) or (name.endswith(".gguf") and os.path.isfile(name)):
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name):
-        raise UsageError("no such folder")
+        raise UsageError("no such folder, nor GGUF file")
     try:
         return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=NOT_FILES))
     except Exception as error:  # the hub has a dozen kinds, whose last paragraph says why
@@ -138,20 +166,24 @@ def check_logits(policy):
     more than ours: refuse those. What they compute as they come is "eager". Errors are measured
     against the spread of the logits: in bfloat16, 30 layers round to 1 to 4 % of it, whatever the
     logits are; what a wrong attention does is 20 % and more."""
-    root = Node(np.arange(3), 0, None)
-    left = Node(np.arange(3, 19), 16, None, root)
-    right = Node(np.arange(19, 35), 16, None, root)
-    ids, base = torch.tensor(path_ids(right), device=policy.device), policy.model.get_base_model()
-    with policy.sampling():
-        ours = policy.logprobs([root, left, right], [right])
-        base.set_attn_implementation("eager")
-        logits = policy.model(input_ids=ids[None]).logits[0, 2:-1, :policy.num_words]
-    base.set_attn_implementation("packed")
-    theirs = logits.float().log_softmax(-1).gather(-1, ids[3:, None])[:, 0]
-    most = (0.01 if logits.dtype == torch.float32 else 0.1) * logits.float().std()
-    if not (ours - theirs).square().mean().sqrt() <= most:
-        raise UsageError("not supported: its logits are not head(hidden state), or its attention "
-                         "is not the usual one")
+    base = policy.model.get_base_model()
+    window = getattr(base.config, "sliding_window", None) or policy.context
+    for length in {35, 35 + window % policy.context}:  # long enough that a window slides
+        places = np.arange(length) % policy.num_words
+        root = Node(places[:3], 0, None)
+        left = Node(places[3:19], 16, None, root)
+        right = Node(places[19:], length - 19, None, root)
+        ids = torch.tensor(path_ids(right), device=policy.device)
+        with policy.sampling():
+            ours = policy.logprobs([root, left, right], [right])
+            base.set_attn_implementation("eager")
+            logits = policy.model(input_ids=ids[None]).logits[0, 2:-1, :policy.num_words]
+        base.set_attn_implementation("packed")
+        theirs = logits.float().log_softmax(-1).gather(-1, ids[3:, None])[:, 0]
+        most = (0.01 if logits.dtype == torch.float32 else 0.1) * logits.float().std()
+        if not (ours - theirs).square().mean().sqrt() <= most:
+            raise UsageError("not supported: its logits are not head(hidden state), or its "
+                             "attention is not the usual one")
 
 
 def import_bitsandbytes():

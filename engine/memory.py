@@ -10,7 +10,7 @@ import torch
 
 from engine.sampling import RaggedCache
 
-PLAIN_BYTES = 2 ** 28   # a model whose layers fit in this samples with plain matrices
+PLAIN_SHARE = 0.5       # of free memory: matrices that fit in this are held in plain to sample
 MOST_COLUMNS = 131072   # of the cache, however large the memory
 CPU_BYTES = 2 ** 32     # memory that is planned with where there is no GPU
 OPTIMIZER_BYTES = 12    # per trained weight: its gradient and two moments
@@ -21,12 +21,15 @@ class MemoryPlan(NamedTuple):
     cache_tokens: int    # columns of the episodes that are sampled together
     column_bytes: int    # of one token in the cache
     checkpointing: bool  # the update computes activations again instead of keeping them
+    plain: bool          # sampling computes with matrices W + BA instead of with W in 4 bits
 
 
 def plan_memory(policy):
     """-> MemoryPlan, from what is free and from what a token takes.
 
-    The caches of live episodes get a third of it, as much as those that finished ones left, and
+    Unpacking 4 bits at every token takes longer than the product: where the plain matrices fit in
+    half of what is free, they are made for each sampling phase. The caches of live episodes get a
+    third of the rest, as much as those that finished ones left, and
     as those being made by forking. By the time of the update they are gone.
     Qwen2.5-1.5B in NF4 on 8 GB: 1.2 GB of weights (a third of them the 151,936 words in 16 bits),
     0.3 GB of LoRA with its optimiser, 0.5 GB of CUDA itself; 6 GB remain. A token takes 2 x 28
@@ -41,35 +44,33 @@ def plan_memory(policy):
     column_bytes = stored // cache.num_columns()
     free = free_bytes(policy.device)
     free -= OPTIMIZER_BYTES * sum(weight.numel() for weight in policy.trained)
-    columns = min(MOST_COLUMNS, int(free / 3 / column_bytes))
-    kept = 0  # bytes of one token
-    for module in policy.body.modules():
-        if hasattr(module, "base_layer"):
-            width = module.in_features + module.out_features
-            kept += KEPT * width * policy.head.weight.itemsize
+    kept = plain_bytes = 0  # of one token; of all matrices
+    for layer in policy.layers:
+        kept += KEPT * (layer.in_features + layer.out_features) * policy.head.weight.itemsize
+        plain_bytes += layer.in_features * layer.out_features * policy.head.weight.itemsize
     longest = max(config.micro_batch_tokens, policy.context)
+    plain = plain_bytes <= PLAIN_SHARE * free and all(map(is_linear, policy.layers))
+    columns = min(MOST_COLUMNS, int((free - plain * plain_bytes) / 3 / column_bytes))
     return MemoryPlan(config.cache_tokens or max(columns, policy.context), column_bytes,
-                      longest * kept > free / 2)
+                      longest * kept > free / 2, plain)
 
 
 def describe_memory(policy):
     """What fits, in one line."""
     size = policy.cache_tokens * policy.plan.column_bytes / 1e9
-    return (f"memory: {policy.num_live} live episodes of at most {policy.context:,} tokens, cache "
-            f"of {policy.cache_tokens:,} tokens ({size:.1f} GB), micro-batches of "
-            f"{policy.config.micro_batch_tokens:,} tokens, gradient checkpointing "
-            f"{'on' if policy.plan.checkpointing else 'off'}")
+    return (f"memory: a cache of {policy.cache_tokens:,} tokens ({size:.1f} GB) for live episodes of "
+            f"at most {policy.context:,}, sampling with {'plain' if policy.plain else 'packed'} "
+            f"weights, micro-batches of {policy.config.micro_batch_tokens:,} tokens, gradient "
+            f"checkpointing {'on' if policy.plan.checkpointing else 'off'}")
 
 
-def plain_layers(body, itemsize):
-    """The adapted layers, where their matrices W + BA are few enough to be held in plain."""
-    layers = [module for module in body.modules() if hasattr(module, "base_layer")]
-    num_weights = 0
-    for layer in layers:
-        if not isinstance(layer.base_layer, torch.nn.Linear):  # GPT-2 has its own kind
-            return []
-        num_weights += layer.in_features * layer.out_features
-    return layers if num_weights * itemsize <= PLAIN_BYTES else []
+def adapted_layers(body):
+    return [module for module in body.modules() if hasattr(module, "base_layer")]
+
+
+def is_linear(layer):
+    """GPT-2 has its own kind."""
+    return isinstance(layer.base_layer, torch.nn.Linear)
 
 
 def best_device():

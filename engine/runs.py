@@ -22,10 +22,10 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from engine.draw import draw_curve, tree_text
+from engine.draw import SMOOTH, draw_curve, smoothed, tree_text
 from engine.errors import UsageError, first_line
-from engine.files import write_aside, write_json
-from tree import has_contrast, leaves, nodes, path
+from engine.files import read_lines, write_aside, write_json
+from tree import has_contrast, leaves, nodes, path, path_ids
 
 PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of every checkpoint
 
@@ -70,6 +70,8 @@ class Journal:
             stream.truncate(length)
             stream.seek(length)
             self.streams[name] = stream
+        self.rewards = [row["reward_mean"] for row in read_lines(folder / "metrics.jsonl")]
+        self.em = ([None] + [row["em"] for row in read_lines(folder / "evals.jsonl")])[-1]
 
     def write(self, name, row):
         """A number that is not finite becomes null: JSON knows no NaN."""
@@ -79,6 +81,15 @@ class Journal:
             known[key] = None if strange else value
         self.streams[name].write(json.dumps(known).encode() + b"\n")
         self.streams[name].flush()
+        if name == "metrics":
+            self.rewards.append(row["reward_mean"])
+        else:
+            self.em = row["em"]
+
+    def latest(self):
+        """Reward, smoothed, and the last evaluation, for the bar."""
+        known = "" if self.em is None else f", held-out {100 * self.em:.0f} %"
+        return f"reward {smoothed(self.rewards[-SMOOTH:])[-1]:.2f}{known}"
 
     def sync(self):
         """Bring all to the disk, before a checkpoint relies on it; -> lengths in bytes."""
@@ -263,8 +274,9 @@ def show(policy, trees, with_tree):
 
 def transcript(policy, line):
     """One episode, the nodes of its path, as text: what the policy wrote and was shown."""
-    texts = [policy.text(node.ids) for node in line]
+    prompt = policy.text(path_ids(line[0]))
+    texts = [prompt[prompt.rindex("Question: "):]]  # without the examples
+    texts += [policy.text(node.ids) for node in line[1:]]
     question = line[-1].state.question
-    texts[0] = texts[0][texts[0].rindex("Question: "):]  # without the examples
     return (f"--- an episode (reward {line[-1].reward:.0f}, answer: "
             f"{' / '.join(question.answers)})\n{''.join(texts)}\n---")

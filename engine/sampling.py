@@ -47,24 +47,25 @@ class RaggedCache(Cache):
 
     @staticmethod
     def fork(standing):
-        """A new cache with a copy of the path of each of these nodes, a row for each."""
-        forked = RaggedCache(len(standing))
-        forked.width = max(node.length for node in standing)
-        by_cache = {}
+        """A new cache with a copy of the path of each of these nodes, a row for each; the row of a
+        None is empty."""
+        forked, by_cache = RaggedCache(len(standing)), {}
         for i, node in enumerate(standing):
-            cache, row = node.cache
-            by_cache.setdefault(cache, []).append((i, row))
-        first = standing[0].cache[0]
-        for layer in range(len(first.keys)):
-            for name in ("keys", "values"):
-                like = getattr(first, name)[layer]
-                new = like.new_zeros(len(standing), like.shape[1], 0, like.shape[3])
-                new = widened(new, forked.width)
-                for cache, pairs in by_cache.items():
-                    into, rows = torch.tensor(pairs, device=like.device).T
-                    columns = min(forked.width, cache.width)
-                    new[into, :, :columns] = getattr(cache, name)[layer][rows, :, :columns]
-                getattr(forked, name).append(new)
+            if node is not None:
+                cache, row = node.cache
+                by_cache.setdefault(cache, []).append((i, row))
+                forked.width = max(forked.width, node.length)
+        for first in list(by_cache)[:1]:
+            for name, layers in (("keys", first.keys), ("values", first.values)):
+                for layer, like in enumerate(layers):
+                    new = like.new_zeros(len(standing), like.shape[1], 0, like.shape[3])
+                    new = widened(new, forked.width)
+                    for cache, pairs in by_cache.items():
+                        into, rows = torch.tensor(pairs, device=like.device).T
+                        columns = min(forked.width, cache.width)
+                        stored = getattr(cache, name)[layer]
+                        new[into, :, :columns] = stored[rows, :, :columns]
+                    getattr(forked, name).append(new)
         return forked
 
 

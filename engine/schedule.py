@@ -38,3 +38,20 @@ class Schedule:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         self.num_rollouts = COST_DECAY * self.num_rollouts + num_bare
         self.tokens = COST_DECAY * self.tokens + tokens
+
+
+def parse_evaluations(text):
+    """"0:500,50:100,100:500" -> {0: 500, 50: 100, 100: 500}: how many questions are asked after
+    which percent of the steps. A number alone is meant for 0 and 100, which must be there."""
+    words = str(text)
+    if words.isdecimal():
+        words = f"0:{words},100:{words}"
+    try:
+        found = {float(share): int(num) for share, num in
+                 (part.split(":") for part in words.split(","))}
+    except ValueError:
+        found = {}
+    if not {0, 100} <= set(found) or min(found) < 0 or max(found) > 100 or min(found.values()) < 1:
+        raise UsageError(f"--eval-questions {text}: give a number, or percents from 0 to 100 with "
+                         "numbers, as in 0:500,50:100,100:500")
+    return found

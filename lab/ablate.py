@@ -41,8 +41,9 @@ from world.toy import make_questions, make_world
 RESULTS = HERE / "results"
 RUNS = HERE / "runs" / "ablate"
 # Steps, tokens and evaluations: those of a lesson, and those of everything else
-SHORT = "--steps 12 --budget 6000 --eval-every 4 --eval-questions 100 --final-eval-questions 200"
-LONG = "--steps 40 --budget 8000 --eval-every 8 --eval-questions 500 --final-eval-questions 2000"
+SHORT = "--steps 12 --budget 6000 --eval-questions 0:100,33:100,67:100,100:200"
+LONG = ("--steps 40 --budget 8000 "
+        "--eval-questions 0:500,20:500,40:500,60:500,80:500,100:2000")
 DEV = 1000  # --dev: seeds from here on, and this wiki, which are never reported
 OTHER_WIKI = 2  # of the transfer
 TRAINED_HOPS = 4

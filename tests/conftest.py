@@ -12,7 +12,7 @@ from small_models import FAMILIES, make_model, make_tokenizer  # noqa: F401  (te
 from policy import load_policy
 from rollout import grow
 from trace_mini import Config
-from tree import backup, leaves, nodes, prefixes
+from tree import backup, full_path, leaves, nodes, prefixes
 from world.questions import load_data
 
 torch.set_num_threads(1)  # two threads on work as small as this mostly wait for each other
@@ -89,7 +89,7 @@ def both_logprobs(policy, root):
     turns = nodes(root)[1:]
     policy.model.train()
     with torch.no_grad():
-        recomputed = policy.logprobs(nodes(root), turns).numpy()
+        recomputed = policy.logprobs(full_path(root)[:-1] + nodes(root), turns).numpy()
     return np.concatenate([turn.logprobs for turn in turns]), recomputed
 
 

@@ -30,7 +30,7 @@ from trace_mini import HERE, Config
 from world.questions import load_data
 
 PAGE = (HERE / "results" / "README.md").read_text()
-SMALL = ("--steps 2 --budget 400 --eval-every 1 --eval-questions 5 --final-eval-questions 8 "
+SMALL = ("--steps 2 --budget 400 --eval-questions 0:5,50:5,100:8 "
          "--checkpoint-every 1 --pool-size 8")
 
 
@@ -224,7 +224,7 @@ def test_a_killed_grid_stops_its_runs_and_goes_on_from_their_checkpoints(folders
     code = ("import sys, pathlib; from lab import ablate; ablate.RUNS = pathlib.Path(sys.argv[1]); "
             "ablate.PRESETS['quick'] = {'grpo': (1, '--method grpo')}; "
             "sys.exit(ablate.main(['--flags', sys.argv[2]]))")
-    command = [sys.executable, "-c", code, folders / "runs", f"{SMALL} --steps 15 --eval-every 0"]
+    command = [sys.executable, "-c", code, folders / "runs", f"{SMALL} --steps 15 --eval-questions 5"]
     process = subprocess.Popen(command, cwd=HERE, start_new_session=True)
     deadline = time.time() + 120
     while not list(folders.glob("runs/*/checkpoint/step-000002.pt")):

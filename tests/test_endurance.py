@@ -76,7 +76,7 @@ def test_killed_again_and_again(tmp_path, tell):
         if newest(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
             flags = [*TINY, f"--out={folder}", f"--steps={3 * num_kills + 4}",
-                     f"--checkpoint-every={EVERY}", "--eval-every=5"]
+                     f"--checkpoint-every={EVERY}", "--eval-questions=0:4,33:4,67:4,100:4"]
         return subprocess.Popen([sys.executable, "trace_mini.py", *flags], cwd=HERE, stdout=log,
                                 stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 

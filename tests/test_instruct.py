@@ -59,7 +59,7 @@ def test_prompt_is_what_the_template_writes(instruct):
     """Bug: a question that spells a special token opens or ends a turn of the conversation."""
     said = [{"role": "user", "content": f"{FEW_SHOT}Question: {QUESTION.text}"}]
     text = instruct.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    ids, harmless = instruct.root(QUESTION, ENV).ids, instruct.root(PLAIN, ENV).ids
+    ids, harmless = (path_ids(instruct.root(question, ENV)) for question in (QUESTION, PLAIN))
     assert instruct.tokenizer.decode(ids) == text + "Thought:"
     assert special(instruct, ids) == special(instruct, harmless) != []
 
@@ -78,7 +78,7 @@ def test_turns_are_appended_as_ids(instruct):
     grow(instruct, ENV, [root], [3], keep=True)
     anchors = [prefix.node for prefix in prefixes(root)]
     for leaf in grow(instruct, ENV, anchors, [1] * len(anchors)):
-        assert path_ids(leaf)[:root.length].tolist() == root.ids.tolist()
+        assert path_ids(leaf)[:root.length].tolist() == path_ids(root).tolist()
         assert not special(instruct, leaf.parent.ids[leaf.parent.num_sampled:])
     state = ENV.step(ENV.reset(QUESTION), "Search[Ada]")
     ids, _ = observation_ids(instruct, state, "")
@@ -103,7 +103,7 @@ def test_without_a_chat_template(folders, tmp_path, context, examples):
     tokenizer.add_bos_token = True
     tokenizer.save_pretrained(base)
     policy = load_policy(Config(model=str(base), turn_tokens=8, context=context))
-    text = policy.tokenizer.decode(policy.root(PLAIN, ENV).ids)
+    text = policy.tokenizer.decode(path_ids(policy.root(PLAIN, ENV)))
     assert text == f"<bos>{examples}Question: Where?\nThought:"
     assert bool(policy.notice) == (examples == "")
 
@@ -160,7 +160,7 @@ def test_what_a_gpu_computes(folders, monkeypatch, family, four_bit):
         before = [weight.clone() for weight in policy.trained]
         policy.update([dict.fromkeys(nodes(root)[1:], 1.0)])
     assert np.abs(recorded - recomputed).max() < 0.05
-    assert policy.head.weight.dtype == root.cache[0].keys[0].dtype == torch.bfloat16
+    assert policy.head.weight.dtype == root.children[0].cache[0].keys[0].dtype == torch.bfloat16
     for old, new in zip(before, policy.trained):
         assert new.dtype == torch.float32 and (old != new).any()
 
@@ -211,7 +211,7 @@ def test_a_model_that_does_not_fit_is_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("gigabytes, dial, columns, checkpointing", [
-    (8.0, 0, 131072, False), (0.03, 0, 19275, True), (0.0, 0, 1024, True),
+    (8.0, 0, 131072, False), (0.03, 0, 19083, True), (0.0, 0, 1024, True),
     (8.0, 2048, 2048, False)])
 def test_the_plan_follows_the_memory(folders, monkeypatch, gigabytes, dial, columns, checkpointing):
     """A third of what the optimiser leaves for the cache, 12 bytes for each of 32,768 weights; at

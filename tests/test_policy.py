@@ -6,7 +6,7 @@ from conftest import both_logprobs, expanded, fresh_policy, gradient_of, make_mo
 
 from engine.errors import UsageError
 from policy import load_policy
-from rollout import grow
+from rollout import grow, prefill
 from trace_mini import Config
 from tree import advantages, nodes, path, path_ids, prefixes
 
@@ -96,13 +96,66 @@ def test_a_deep_model_in_16_bits_is_no_reason_to_refuse(tmp_path, monkeypatch):
     assert load_policy(Config(model=model, four_bit=False)).head.weight.dtype == torch.bfloat16
 
 
+WINDOWS = {  # kind: what is changed so that layers see the last 16 tokens only
+    "gemma3_text": {"sliding_window": 16, "num_hidden_layers": 6},  # five of six layers
+    "qwen2": {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows(kind, data, tmp_path):
+    """The examples stay in the prompt, and nothing is what it would be without windows."""
+    policy = fresh_policy(False, model=make_model(tmp_path, kind, **WINDOWS[kind]), turn_tokens=12)
+    assert policy.context == 4096 and policy.preamble.length > 400
+    root = policy.root(data.train[0], data.env)
+    grow(policy, data.env, [root], [3], keep=True)
+    grow(policy, data.env, [prefixes(root)[0].node], [2])
+    recorded, packed = both_logprobs(policy, root)
+    policy.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        alone = plain_logprobs(policy, root).numpy()
+        for layer in policy.body.layers:
+            layer.self_attn.sliding_window = None
+        policy.model.config.layer_types = ["full_attention"] * len(policy.body.layers)
+        wide = plain_logprobs(policy, root).numpy()
+    assert np.abs(recorded - alone).max() < 1e-4 and np.abs(packed - alone).max() < 1e-4
+    assert np.abs(wide - alone).max() > 1e-2
+
+
+def test_the_preamble_is_an_ancestor_of_the_batch(data, tmp_path):
+    """What all prompts begin with is fed once in a step, and in the update once in a batch: loss
+    and gradient are those of path by path. Bug: it is fed with the weights of before an update."""
+    policy = fresh_policy(False, model=make_model(tmp_path), turn_tokens=12)
+    roots, fed = [policy.root(question, data.env) for question in data.train[:3]], []
+    forward = policy.forward
+    policy.forward = lambda ids, *rest: fed.extend(map(len, ids)) or forward(ids, *rest)
+    prefill(policy, roots)
+    grow(policy, data.env, roots, [2] * 3)
+    assert fed.count(policy.preamble.length) == 1 and max(sorted(fed)[:-1]) < 200
+    assert all(root.depth == 0 and path(root) == [root] for root in roots)
+    credits = [dict.fromkeys(nodes(root)[1:], 1.0) for root in roots]
+    alone = sum(plain_logprobs(policy, root).sum() for root in roots)
+    together, batches = 0, list(policy.micro_batches({k: v for c in credits for k, v in c.items()}))
+    for batch in batches:
+        assert batch[0].count(policy.preamble) == 1
+        together = together + policy.logprobs(*batch).sum()
+    assert len(batches) == 1 and torch.isclose(together, alone, rtol=1e-4)
+    assert relative_error(slope(policy, together), slope(policy, alone)) < 1e-4
+    policy.update(credits)
+    again = policy.root(data.train[0], data.env)
+    prefill(policy, [again])
+    with policy.sampling():
+        ids = torch.as_tensor(path_ids(again), dtype=torch.long)
+        hidden = policy.body(input_ids=ids[None]).last_hidden_state[0, -1]
+    assert np.abs(again.hidden - hidden.numpy()).max() < 1e-3
+
+
 # ---------------------------------------------------------------- gradients
 def test_gradients_reach_every_layer_after_sampling(data):
     """Bug: in eval mode bitsandbytes repacks 4-bit layers on CPUs with AVX512-BF16. From then on
     no gradient reaches what lies below them. The oracle has the same weights, in 32 bits."""
     from peft.utils.integrations import dequantize_module_weight
     policy, oracle = fresh_policy(), fresh_policy(False)
-    for layer, plain in zip(policy.plain, oracle.plain):
+    for layer, plain in zip(policy.layers, oracle.layers):
         plain.base_layer.weight.data = dequantize_module_weight(layer.base_layer)
     root = expanded(policy, data, num=1)[0]
     found, want = (slope(each, each.logprobs(nodes(root), nodes(root)[1:]).sum())

@@ -193,17 +193,17 @@ def test_out_of_memory_halves_and_goes_on(fp32, data, usual, monkeypatch):
     monkeypatch.setattr(fp32, "cache_tokens", 12 * fp32.context)
     with pytest.warns(UserWarning, match="halving"):
         roots, found = played(fp32, data)
-    assert fp32.num_live == 3 and sum(found != usual[1]) <= 1
+    assert fp32.cache_tokens == fp32.context and sum(found != usual[1]) <= 1
     for root in roots:
         assert all(node.is_leaf or node.children for node in nodes(root))
 
 
 def test_one_episode_out_of_memory_is_an_error(fp32, data, monkeypatch, capsys):
     """Of the command, which says what may be made smaller. Bug: halving for ever."""
-    num_live = [4, 2, 1]
+    room = [4, 2, 1]  # episodes
 
     def failing(*arguments):
-        assert fp32.num_live == num_live.pop(0)
+        assert fp32.cache_tokens == room.pop(0) * fp32.context
         raise torch.OutOfMemoryError
     monkeypatch.setattr(fp32, "forward", failing)
     monkeypatch.setattr(fp32, "cache_tokens", 4 * fp32.context)

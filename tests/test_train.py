@@ -22,8 +22,8 @@ from world.questions import Prompts, load_data
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "trace"
-    assert main(["--out", str(folder), *"--steps 3 --budget 300 --eval-questions 8 --pool-size 12 "
-                 "--eval-every 2 --final-eval-questions 10 --checkpoint-every 1".split()]) == 0
+    assert main(["--out", str(folder), *"--steps 3 --budget 300 --pool-size 12 --checkpoint-every 1 "
+                 "--eval-questions 0:8,67:8,100:10".split()]) == 0
     return folder
 
 

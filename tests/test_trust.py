@@ -175,7 +175,7 @@ def test_ctrl_c(done, tmp_path, monkeypatch, capsys):
     assert run(folder, 4, "--root-rule=pressed") == 0
     out = capsys.readouterr().out
     assert "finishing this step" in out
-    assert f"saved after step 2; go on with: python trace_mini.py --resume {folder}" in out
+    assert f"saved after step 2; python trace_mini.py --resume {folder} goes on" in out
     with open(folder / "metrics.jsonl", "a") as stream:  # a line that no checkpoint knows
         stream.write('{"step": 3, "half": tru')
     presses += [0, 2]

@@ -54,7 +54,7 @@ class Data(NamedTuple):
 
 def load_data(config):
     """-> Data of `config.data`: the toy wiki, or a file with a fifth of it held out."""
-    num_eval = max(config.eval_questions, config.final_eval_questions)
+    num_eval = max(config.evaluations.values())
     if config.data == "toy":
         world = make_world(NUM_ARTICLES, config.wiki_seed)
         env = ReActEnv(world.wiki, MAX_TURNS)
@@ -63,7 +63,7 @@ def load_data(config):
             return Data(env, [] if config.scores_a_file else train,
                         env, make_questions(world, num_eval, split="eval"), num_eval)
         except UsageError as error:
-            raise UsageError(f"--eval-questions, --final-eval-questions: {error}") from None
+            raise UsageError(f"--eval-questions: {error}") from None
     everything = config.scores_a_file
     questions, env, notice = load_file(config.data, everything)
     if everything:

@@ -396,6 +396,16 @@ def _choose(start, observation, slip):
     return page, observation
 
 
+def practice(first_seed, max_turns, **options):
+    """Endless (environment, question) on small wikis with seeds from `first_seed` on: what is
+    demonstrated. The options are those of make_questions."""
+    for seed in itertools.count(first_seed):
+        world = make_world(200, seed)
+        env = ReActEnv(world.wiki, max_turns)
+        for question in make_questions(world, 100, **options):
+            yield env, question
+
+
 def run_agent(env, question, agent):
     """Play one episode -> (final Episode, [(text, observation) of every turn])."""
     episode, text = env.reset(question), next(agent)

@@ -35,10 +35,10 @@ from engine.errors import UsageError
 from engine.loading import import_bitsandbytes
 from policy import load_policy
 from predictor import monte_carlo_value
-from react_env import ReActEnv, observation_text, prompt_text
+from react_env import observation_text, prompt_text
 from trace_mini import Config, evaluate
-from world.questions import load_data
-from world.toy import make_questions, make_world, never, oracle, run_agent
+from world.questions import MAX_TURNS, load_data
+from world.toy import never, oracle, practice, run_agent
 from world.words import SYLLABLES
 
 bnb = import_bitsandbytes()
@@ -78,16 +78,13 @@ def flawed(rng):
     return slip
 
 
-def demonstrations(seed, slip, max_hops=3, per_wiki=100):
+def demonstrations(seed, slip, max_hops=3):
     """Endless demonstrations: lists of (text, is_action) pieces, in the order of the episode."""
-    for number in itertools.count():
-        world = make_world(200, FIRST_WIKI + 1000 * seed + number)
-        env = ReActEnv(world.wiki, max_turns=8)
-        for question in make_questions(world, per_wiki, max_hops=max_hops):
-            pieces = [(prompt_text(question), False)]
-            for text, observation in run_agent(env, question, oracle(question, slip))[1]:
-                pieces += [(text, True), (observation_text(observation), False)]
-            yield pieces[:-1]  # nothing follows Finish
+    for env, question in practice(FIRST_WIKI + 1000 * seed, MAX_TURNS, max_hops=max_hops):
+        pieces = [(prompt_text(question), False)]
+        for text, observation in run_agent(env, question, oracle(question, slip))[1]:
+            pieces += [(text, True), (observation_text(observation), False)]
+        yield pieces[:-1]  # nothing follows Finish
 
 
 def make_tokenizer(seed=0, num_texts=3000):
