@@ -18,8 +18,8 @@ from world.questions import MAX_TURNS
 from world.toy import never, oracle, practice, run_agent
 
 FIRST_WIKI = 2_000_000  # their seeds; those of the warm start begin at 1,000,000
-PER_UPDATE = 8          # demonstrations
-PEAK_RATE = 1e-3        # learning rate, from which it falls to 0
+PER_UPDATE = 4          # demonstrations
+PEAK_RATE = 2e-3        # learning rate, from which it falls to 0
 
 
 def demonstration(policy, env, question):
