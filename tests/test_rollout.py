@@ -11,7 +11,7 @@ from engine.caches import held_tokens
 from engine.command_line import run_main
 from engine.sampling import RaggedCache, keyed_uniforms, sample_tokens
 from predictor import HeadPredictor
-from rollout import Rollout, ended, grow, observation_ids, prefill
+from rollout import Rollout, ended, grow, observation_ids, prefill, sample_turn
 from trace_mini import Config, State, train_step
 from tree import leaves, nodes, path, path_ids, prefixes
 
@@ -176,6 +176,20 @@ def test_the_update_finds_no_caches(fp32, data, monkeypatch):
     before = num_caches()
     train_step(config, State.begin(config, data), fp32, HeadPredictor(fp32), data)
     assert found == [before]
+
+
+def test_a_free_place_is_taken_at_the_next_turn(fp32, data, monkeypatch):
+    """Bug: a batch waits for its slowest episode. Four paths always fit, short ones more."""
+    roots, sizes = [fp32.root(question, data.env) for question in data.train[:4]], []
+
+    def count(policy, cache, live, greedy):
+        sizes.append((len(live), 24 - sum(map(len, map(leaves, roots)))))  # those not at their end
+        return sample_turn(policy, cache, live, greedy)
+    monkeypatch.setattr("rollout.sample_turn", count)
+    monkeypatch.setattr(fp32, "cache_tokens", 4 * fp32.context)
+    grow(fp32, data.env, roots, [6] * 4)
+    assert all(live >= min(4, left) for live, left in sizes)
+    assert sizes[0][0] > 4 and any(live < left for live, left in sizes[1:])
 
 
 # ---------------------------------------------------------------- out of memory
