@@ -57,7 +57,7 @@ class Policy:
         rate = config.learning_rate
         self.learning_rate = sizes.learning_rate if rate is None else rate
         self.start_optimizer()
-        self.layers, self.plain = adapted_layers(self.body), False
+        self.layers, self.plan = adapted_layers(self.body), None
 
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -83,8 +83,7 @@ class Policy:
                         for i, word in enumerate(words)]
         check_logits(self)
         self.holes = torch.tensor(holes, dtype=torch.long, device=self.device)
-        self.plan = plan_memory(self)
-        self.cache_tokens, self.plain = self.plan.cache_tokens, self.plan.plain
+        self.set_plan(plan_memory(self))
         if self.plan.checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
 
@@ -96,13 +95,16 @@ class Policy:
             self.notice += ("\nthis policy knows the toy wiki only: --model names another for "
                             "other questions")
 
+    def set_plan(self, plan):
+        self.plan, self.cache_tokens = plan, plan.cache_tokens
+
     # ------------------------------------------------------------ text and ids
     def encode(self, text):
         """Ids of plain text."""
         return self.codec.encode(text)
 
     def set_prompt(self, before, behind):
-        """Ids before and behind the question. Many in front of it stand once, above all roots."""
+        """Ids before and behind the question. Many before it become the preamble of all roots."""
         self.before, self.behind, self.preamble = before, behind, None
         if len(before) >= MIN_PREAMBLE:
             self.preamble = Node(np.array(before, np.int32), 0, None)
@@ -135,7 +137,7 @@ class Policy:
 
     def sampling(self):
         """A context in which forward passes sample: no gradients, no dropout."""
-        layers = self.layers if self.plain else []
+        layers = self.layers if self.plan and self.plan.plain else []
         return sampling_mode(self.model, layers, self.head.weight.dtype)
 
     # ------------------------------------------------------------ log-probs
@@ -167,16 +169,8 @@ class Policy:
                           for parts in zip(hidden.split(size), ids.split(size))])
 
     # ------------------------------------------------------------ update
-    def forget_preamble(self):
-        """Its keys and values are those of the present weights only."""
-        if self.preamble:
-            self.preamble.cache = None
-
     def start_optimizer(self):
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, weight_decay=0.0)
-
-    def set_rate(self, rate):
-        self.optimizer.param_groups[0]["lr"] = rate
 
     def update(self, credits):
         """One step of the policy gradient on trees with credit, [{node: advantage}] -> metrics.
@@ -190,7 +184,8 @@ class Policy:
             weight.update(credit)
         loss_tokens = sum(node.num_sampled for node in weight)
         self.model.train()
-        self.forget_preamble()
+        if self.preamble:
+            self.preamble.cache = None  # of the weights that change here
         self.optimizer.zero_grad()
         loss_sum = 0.0
         for nodes, scored in self.micro_batches(weight):
@@ -229,13 +224,14 @@ class Policy:
     def state_dict(self):
         """LoRA weights, optimiser state and prompt, for checkpoints."""
         return {"adapter": adapter_weights(self.model), "optimizer": self.optimizer.state_dict(),
-                "prompt": [self.before, self.behind], "plain": self.plain}
+                "prompt": [self.before, self.behind], "plain": self.plan.plain}
 
     def load_state_dict(self, state):
         set_adapter(self.model, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.set_prompt(*state.get("prompt", (self.before, self.behind)))
-        self.plain = state.get("plain", self.plain)
+        if state.get("plain", self.plan.plain) != self.plan.plain:
+            self.set_plan(plan_memory(self, state["plain"]))
 
 
 def load_policy(config):

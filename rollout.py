@@ -17,6 +17,7 @@ from react_env import action_end, observation_text, split_completion
 from tree import Node, leaves, path, path_ids
 
 MOST_TOKENS = 4096  # of a turn: more would repeat the random numbers of the next one
+MOST_ROWS = 256     # of a cache: the logits of more would be large
 MOST_LIVE = 0.7     # a cache is made smaller when at most this share of its rows is played
 
 
@@ -85,9 +86,9 @@ def start(policy, anchors, counts, key):
 
 
 def play(policy, env, rollouts, greedy, kept, progress):
-    """Play rollouts to their ends, each turn of all live ones at once. Live are as many as the
-    cache has room for; a place that becomes free is taken at the next turn. The trees of the roots
-    `kept` keep the caches of what has ended."""
+    """Play rollouts to their ends, each turn of all live ones at once. As many are live as the
+    cache has room for. When one ends, the next one starts at the following turn. The trees of the
+    roots `kept` keep the caches of what has ended."""
     waiting, live, ended, cache = unfinished(rollouts), [], [], None
     while live or waiting:
         size = num_that_fit(policy, standing(live + waiting))
@@ -100,10 +101,10 @@ def play(policy, env, rollouts, greedy, kept, progress):
             text = policy.text(rollout.ids)
             action = split_completion(text)[1]
             end_turn(policy, rollout, text, env.step(rollout.node.state, action))
-        played, live = live, unfinished(live)
-        ended += [rollout for rollout in played if rollout.node.is_leaf]
+        done = [rollout for rollout in live if rollout.node.is_leaf]
+        live, ended = unfinished(live), ended + done
         if progress:
-            progress(len(played) - len(live))
+            progress(len(done))
         if live:
             feed(policy, cache, live)
     put_away(policy, ended, live, kept)
@@ -115,28 +116,26 @@ def num_that_fit(policy, nodes):
     room, longest = policy.turn_tokens + policy.observation_tokens, 0
     for i, node in enumerate(nodes):
         longest = max(longest, min(node.length + room, policy.context))
-        if i and (i + 1) * longest > policy.cache_tokens:
+        if i and (i == MOST_ROWS or (i + 1) * longest > policy.cache_tokens):
             return i
     return len(nodes)
 
 
 def seat(policy, live, waiting, size):
-    """The first `size` of all get a cache together. Live ones for which it has no more room wait,
-    and what they added is fed again. -> (cache, live, waiting)"""
+    """Give the first `size` of all a cache together. The others wait; what a live one that must
+    wait has added is fed again later. -> (cache, live, waiting)"""
     forget_paths(live[size:])
     live, waiting = (live + waiting)[:size], (live + waiting)[size:]
-    fresh = [node for node in dict.fromkeys(standing(live)) if node.cache is None]
-    fill(policy, fresh)
-    cache = move(live)
-    awaited = set(standing(waiting))
-    for node in fresh:
-        if node.cache[0] is not cache and node not in awaited:
-            node.cache = None  # of an anchor
+    fill(policy, [node for node in dict.fromkeys(standing(live)) if node.cache is None])
+    cache, awaited = move(live), set(standing(waiting))
+    for rollout in live:
+        if rollout.anchor not in awaited:  # nothing starts there any more
+            rollout.anchor.cache = None
     return cache, live, waiting
 
 
 def put_away(policy, ended, live, kept):
-    """Keep what has ended apart from what is live, or, as far as there is no room, not at all."""
+    """Move the caches of ended rollouts out of the live one; drop them where there is no room."""
     added = [rollout for rollout in ended if rollout.fed is not rollout.anchor]
     if kept and live and added:
         move(added)
@@ -243,17 +242,16 @@ def fill(policy, nodes):
     preamble = policy.preamble
     if preamble and nodes and preamble.cache is None and nodes != [preamble]:
         fill(policy, [preamble])
-    starts = []
-    for node in nodes:
-        known = cached_above(node)
-        starts.append(known.length if known else 0)
-    longest = max((node.length - start for node, start in zip(nodes, starts)), default=1)
+    known, ids, starts = list(map(cached_above, nodes)), [], []
+    for node, above in zip(nodes, known):
+        starts.append(above.length if above else 0)
+        ids.append(path_ids(node)[starts[-1]:policy.context])
+    longest = max(map(len, ids), default=1)
     size = max(1, 4 * policy.config.micro_batch_tokens // longest)  # no gradients: four times
     for i in range(0, len(nodes), size):
-        some, begins = nodes[i:i + size], starts[i:i + size]
-        ids = [path_ids(node)[begin:policy.context] for node, begin in zip(some, begins)]
-        remember(policy, RaggedCache.fork(list(map(cached_above, some))), some, ids, begins,
-                 list(range(len(some))))
+        some = slice(i, i + size)
+        remember(policy, RaggedCache.fork(known[some]), nodes[some], ids[some], starts[some],
+                 list(range(len(nodes[some]))))
 
 
 def remember(policy, cache, fed, ids, starts, rows):

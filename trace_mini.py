@@ -36,7 +36,7 @@ from engine.memory import best_device, describe_memory, trim_memory
 from engine.runs import (Journal, LapTimer, check_inputs, ctrl_c, describe_run, describe_scores,
                          describe_step, fresh_folder, inputs_of, load_checkpoint, save_run, say,
                          show, start_folder, tree_metrics)
-from engine.schedule import Schedule, parse_evaluations
+from engine.schedule import Schedule, due_evaluations, parse_evaluations
 from policy import load_policy
 from predictor import PREDICTORS, predict, score_and_update
 from rollout import MOST_TOKENS, grow, prefill
@@ -101,7 +101,7 @@ class Config:
     cache_tokens: int = dial(0, "memory", "of live episodes (0: what fits)", free=True)
     micro_batch_tokens: int = dial(4096, "memory", "per backward pass", 1, free=True)
     eval_questions: str = dial("0:500,25:100,50:100,75:100,100:500", "evaluation",
-                               "PERCENT of the steps:NUMBER held out, or a NUMBER: both ends")
+                               "percent of the steps:questions, ...; a number: both ends")
     eval_only: bool = dial(False, "evaluation", "train nothing, score --data", free=True)
 
     def __post_init__(self):
@@ -115,8 +115,6 @@ class Config:
             self.num_continuations = 0
         if self.eval_data and (self.data == "toy" or self.scores_a_file):
             raise UsageError("--eval-data goes with training on a --data file")
-        if self.cold_start and self.data != "toy" and not self.scores_a_file:
-            raise UsageError(f"--cold-start: --data {self.data} has no oracle")
 
     @property
     def scores_a_file(self):
@@ -221,14 +219,16 @@ def draw_pool(config, state, policy, data, num_bare):
 # ---------------------------------------------------------------- evaluation
 def evaluate(policy, env, questions, progress=None, first=None):
     """Greedy episodes -> {tokens (sampled, per episode), predictions} and what `summarise` says."""
-    scores, predictions = {}, {}
-    roots = [policy.root(question, env) for question in questions]
-    for leaf in grow(policy, env, roots, [1] * len(roots), greedy=True, progress=progress):
-        question = leaf.state.question
-        predictions[question.id] = leaf.state.prediction
-        scores[question.id] = question.score(leaf.state.prediction)
-    tokens = sum(map(sampled_tokens, roots)) / len(questions)
-    return summarise(questions, scores, first) | {"tokens": tokens, "predictions": predictions}
+    scores, predictions, tokens = {}, {}, 0
+    for i in range(0, len(questions), 500):
+        roots = [policy.root(question, env) for question in questions[i:i + 500]]
+        for leaf in grow(policy, env, roots, [1] * len(roots), greedy=True, progress=progress):
+            question = leaf.state.question
+            predictions[question.id] = leaf.state.prediction
+            scores[question.id] = question.score(leaf.state.prediction)
+        tokens += sum(map(sampled_tokens, roots))
+    return summarise(questions, scores, first) | {"tokens": tokens / len(questions),
+                                                  "predictions": predictions}
 
 
 def score(policy, env, questions, folder, first=None):
@@ -262,7 +262,7 @@ def train(config, policy, data, folder, saved=None, stopped=()):
         say(describe_scores(row))
         return row
 
-    due = {round(share * config.steps / 100): num for share, num in config.evaluations.items()}
+    due = due_evaluations(config.evaluations, config.steps)
     if journal.is_new:
         save_run(folder, 0, known, journal, parts)  # before it evaluates: it may be killed there
         state.schedule.guess(assess(due[0])["tokens"])

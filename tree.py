@@ -1,10 +1,10 @@
 """The rollout tree: turns as nodes, paths, targets and credit. Plain data, no torch.
 
-One tree holds all rollouts of one prompt. The root is the prompt. (What all prompts begin with,
-examples above all, may stand once in front of all roots: their preamble.) Every other node is one turn:
+One tree holds all rollouts of one prompt. The root is the prompt. Every other node is one turn:
 the ids that the policy sampled, then the ids of the observation. A bare rollout is a chain that
 starts at the root. A continuation branches off at a prefix of a bare rollout and shares all that
-stands above it, so every token is stored once and trained once.
+stands above it, so every token is stored once and trained once. Text that all prompts begin with,
+such as the examples, is kept once: the preamble. It stands above every root, in no tree.
 
 Letters as in the paper: V̂(y) is `node.value`, n_y is `node.num_leaves`, Ṽ is `node.predicted`
 (allocator.py calls it v).

@@ -1,10 +1,11 @@
 """Tokens of many paths in one sequence [1, N]: no padding, and in the update nothing twice.
 
-`pack` lays the turns of a forest end to end, behind the preamble that all prompts share. Positions count along each path, and attention is
-limited to it: a span of turns asks the keys and values of its own path, gathered turn by turn. So
-what paths share is computed once, nothing is computed to be masked away, and no mask of N x N is
-made. In sampling the tokens of all rows stand end to end too; there only the attention pads.
-Transformers lets a model be loaded with an attention of one's own: "packed".
+`pack` lays the turns of a forest end to end, behind the preamble that all prompts share. Positions
+count along each path, and attention is limited to it: a span of turns asks the keys and values of
+its own path, gathered turn by turn. So what paths share is computed once, nothing is computed to be
+masked away, and no mask of N x N is made. In sampling the tokens of all rows stand end to end too;
+there only the attention pads. Transformers lets a model be loaded with an attention of one's own:
+"packed".
 """
 import sys
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tree import full_path
-
-
 
 GROUPED = {"cpu"}  # where SDPA takes fewer key-value heads than heads also with a mask: on CUDA
                    # that is slow, and transformers copies the heads there

@@ -75,7 +75,7 @@ def draw_curve(folder):
 
 
 def smoothed(values):
-    """The mean of each value and of those before it, SMOOTH in all."""
+    """Running mean of the last SMOOTH values."""
     means = []
     for i in range(len(values)):
         some = values[max(0, i + 1 - SMOOTH):i + 1]

@@ -3,6 +3,7 @@ import json
 import os
 from contextlib import contextmanager
 from hashlib import blake2b, file_digest
+from itertools import chain
 from pathlib import Path
 
 
@@ -36,15 +37,14 @@ def fingerprint(content):
     return blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
-def fingerprint_of_files(folder, *patterns):
-    """Of all files in a folder with such names, or of one file: a second per gigabyte."""
-    digests = []
-    if os.path.isfile(folder):
-        folder, patterns = os.path.split(folder)[0], [os.path.basename(folder)]
-    for pattern in patterns:
-        for file in sorted(Path(folder).glob(pattern)):
-            with open(file, "rb") as stream:
-                digests.append(file_digest(stream, "blake2b").hexdigest())
+def fingerprint_of_files(where, *patterns):
+    """Of one file, or of all in a folder with such names: a second per gigabyte."""
+    files, digests = [where], []
+    if os.path.isdir(where):
+        files = chain(*[sorted(Path(where).glob(pattern)) for pattern in patterns])
+    for file in files:
+        with open(file, "rb") as stream:
+            digests.append(file_digest(stream, "blake2b").hexdigest())
     return fingerprint(digests)
 
 

@@ -26,6 +26,7 @@ enable_progress_bars()                       # ... but that takes minutes
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub's model: no pickles
 NOT_FILES = ["*/*", "consolidated*"]  # of these: folders for other engines, a second copy
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # nor ask on the terminal
 LORA_RANK = 16
 
 
@@ -44,12 +45,12 @@ def load_model(name, four_bit, device, seed):
 
 
 def unpack_gguf(file, folder):
-    """Write a GGUF file as a folder with weights in 16 bits: only from such a one does transformers
-    make NF4."""
+    """Write a GGUF file as a folder with weights in 16 bits: transformers makes NF4 from such a
+    folder, not from the file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     if not find_spec("gguf"):
         raise UsageError("a GGUF file is read by the package gguf: pip install gguf")
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, **LOCAL}
     model = AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True))
     model.save_pretrained(folder)
@@ -60,11 +61,10 @@ def load_folder(folder, name, four_bit, device, seed):
     """What load_model returns, from the files in a folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    local = {"local_files_only": True, "trust_remote_code": False}  # nor ask on the terminal
     if not any(file for kind in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(kind)):
         raise UsageError("no tokenizer in that folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-    shape = AutoConfig.from_pretrained(folder, **local)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    shape = AutoConfig.from_pretrained(folder, **LOCAL)
     if shape.get_text_config() is not shape:
         raise UsageError("it reads more than text; only models of text alone can be used")
     notice = ""
@@ -81,7 +81,7 @@ def load_folder(folder, name, four_bit, device, seed):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, config=shape, dtype=dtype, quantization_config=quantization,
             use_safetensors=True, output_loading_info=True, attn_implementation="packed",
-            device_map={"": device}, **local)
+            device_map={"": device}, **LOCAL)
     except Exception:
         model_class = AutoModelForCausalLM._model_mapping.get(type(shape), None)
         if getattr(model_class, "_supports_attention_backend", True):
@@ -166,20 +166,22 @@ def check_logits(policy):
     more than ours: refuse those. What they compute as they come is "eager". Errors are measured
     against the spread of the logits: in bfloat16, 30 layers round to 1 to 4 % of it, whatever the
     logits are; what a wrong attention does is 20 % and more."""
-    base = policy.model.get_base_model()
-    window = getattr(base.config, "sliding_window", None) or policy.context
-    for length in {35, 35 + window % policy.context}:  # long enough that a window slides
+    base, lengths = policy.model.get_base_model(), [35]
+    window = getattr(base.config, "sliding_window", None)
+    if window and window < policy.context:
+        lengths.append(35 + window)
+    for length in lengths:
         places = np.arange(length) % policy.num_words
-        root = Node(places[:3], 0, None)
-        left = Node(places[3:19], 16, None, root)
-        right = Node(places[19:], length - 19, None, root)
+        root = Node(places[:-32], 0, None)
+        left = Node(places[-32:-16], 16, None, root)
+        right = Node(places[-16:], 16, None, root)
         ids = torch.tensor(path_ids(right), device=policy.device)
         with policy.sampling():
             ours = policy.logprobs([root, left, right], [right])
             base.set_attn_implementation("eager")
-            logits = policy.model(input_ids=ids[None]).logits[0, 2:-1, :policy.num_words]
+            logits = policy.model(input_ids=ids[None]).logits[0, -17:-1, :policy.num_words]
         base.set_attn_implementation("packed")
-        theirs = logits.float().log_softmax(-1).gather(-1, ids[3:, None])[:, 0]
+        theirs = logits.float().log_softmax(-1).gather(-1, ids[-16:, None])[:, 0]
         most = (0.01 if logits.dtype == torch.float32 else 0.1) * logits.float().std()
         if not (ours - theirs).square().mean().sqrt() <= most:
             raise UsageError("not supported: its logits are not head(hidden state), or its "

@@ -24,18 +24,19 @@ class MemoryPlan(NamedTuple):
     plain: bool          # sampling computes with matrices W + BA instead of with W in 4 bits
 
 
-def plan_memory(policy):
-    """-> MemoryPlan, from what is free and from what a token takes.
+def plan_memory(policy, plain=None):
+    """-> MemoryPlan, from what is free and from what a token takes; `plain` is decided here where a
+    run has not decided it before.
 
-    Unpacking 4 bits at every token takes longer than the product: where the plain matrices fit in
-    half of what is free, they are made for each sampling phase. The caches of live episodes get a
-    third of the rest, as much as those that finished ones left, and
-    as those being made by forking. By the time of the update they are gone.
+    Matrices W + BA for sampling are made where they take at most half of what is free: to unpack 4
+    bits at every token takes longer than the product. The rest is cut in three: caches of live
+    rollouts, of ended ones, and copies while a cache is made anew. By the time of the update all
+    that is gone.
     Qwen2.5-1.5B in NF4 on 8 GB: 1.2 GB of weights (a third of them the 151,936 words in 16 bits),
-    0.3 GB of LoRA with its optimiser, 0.5 GB of CUDA itself; 6 GB remain. A token takes 2 x 28
-    layers x 2 heads x 128 numbers of 16 bits in the cache, 29 kB: 70,000 fit into 2 GB. The update
-    of 4,096 tokens would keep 28 x 165 kB each, 19 GB. With gradient checkpointing it is 28 x
-    3 kB, and one layer at a time: 0.95 GB, and 0.6 GB of logits."""
+    0.3 GB of LoRA with its optimiser, 0.5 GB of CUDA itself; 6 GB remain. Plain matrices take 2.6
+    GB. A token takes 2 x 28 layers x 2 heads x 128 numbers of 16 bits in the cache, 29 kB: 39,000
+    fit into 1.1 GB. The update of 4,096 tokens would keep 28 x 165 kB each, 19 GB. With gradient
+    checkpointing it is 28 x 3 kB, and one layer at a time: 0.95 GB, and 0.6 GB of logits."""
     ids = np.zeros(64, np.int64)
     cache, config = RaggedCache(1), policy.config
     with policy.sampling():
@@ -49,8 +50,10 @@ def plan_memory(policy):
         kept += KEPT * (layer.in_features + layer.out_features) * policy.head.weight.itemsize
         plain_bytes += layer.in_features * layer.out_features * policy.head.weight.itemsize
     longest = max(config.micro_batch_tokens, policy.context)
-    plain = plain_bytes <= PLAIN_SHARE * free and all(map(is_linear, policy.layers))
-    columns = min(MOST_COLUMNS, int((free - plain * plain_bytes) / 3 / column_bytes))
+    if plain is None:
+        plain = plain_bytes <= PLAIN_SHARE * free and all(map(can_be_plain, policy.layers))
+    left = free - plain_bytes if plain else free
+    columns = min(MOST_COLUMNS, int(left / 3 / column_bytes))
     return MemoryPlan(config.cache_tokens or max(columns, policy.context), column_bytes,
                       longest * kept > free / 2, plain)
 
@@ -58,9 +61,10 @@ def plan_memory(policy):
 def describe_memory(policy):
     """What fits, in one line."""
     size = policy.cache_tokens * policy.plan.column_bytes / 1e9
-    return (f"memory: a cache of {policy.cache_tokens:,} tokens ({size:.1f} GB) for live episodes of "
-            f"at most {policy.context:,}, sampling with {'plain' if policy.plain else 'packed'} "
-            f"weights, micro-batches of {policy.config.micro_batch_tokens:,} tokens, gradient "
+    return (f"memory: a cache of {policy.cache_tokens:,} tokens ({size:.1f} GB) for live episodes "
+            f"of at most {policy.context:,}, sampling with "
+            f"{'plain matrices' if policy.plan.plain else 'layers as they are'}, micro-batches of "
+            f"{policy.config.micro_batch_tokens:,} tokens, gradient "
             f"checkpointing {'on' if policy.plan.checkpointing else 'off'}")
 
 
@@ -68,9 +72,9 @@ def adapted_layers(body):
     return [module for module in body.modules() if hasattr(module, "base_layer")]
 
 
-def is_linear(layer):
-    """GPT-2 has its own kind."""
-    return isinstance(layer.base_layer, torch.nn.Linear)
+def can_be_plain(layer):
+    """GPT-2 has a kind of its own, and so have files that are quantised otherwise."""
+    return type(layer.base_layer).__name__ in ("Linear", "Linear4bit")
 
 
 def best_device():
@@ -88,8 +92,8 @@ def free_bytes(device):
 
 
 def halving(policy, work, undo):
-    """work(); out of GPU memory, undo() and again with half the live episodes. One episode that
-    does not fit is an error."""
+    """work(); out of GPU memory, undo() and again with half the cache. One episode that does not
+    fit is an error."""
     while True:
         try:
             return work()
@@ -100,7 +104,7 @@ def halving(policy, work, undo):
         undo()
         torch.cuda.empty_cache()
         policy.cache_tokens = max(policy.context, policy.cache_tokens // 2)
-        warnings.warn("out of GPU memory: halving the number of live episodes")
+        warnings.warn("out of GPU memory: halving the cache of live episodes")
 
 
 def trim_memory():

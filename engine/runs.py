@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from engine.draw import SMOOTH, draw_curve, smoothed, tree_text
+from engine.draw import SMOOTH, draw_curve, tree_text
 from engine.errors import UsageError, first_line
 from engine.files import read_lines, write_aside, write_json
 from tree import has_contrast, leaves, nodes, path, path_ids
@@ -89,7 +89,8 @@ class Journal:
     def latest(self):
         """Reward, smoothed, and the last evaluation, for the bar."""
         known = "" if self.em is None else f", held-out {100 * self.em:.0f} %"
-        return f"reward {smoothed(self.rewards[-SMOOTH:])[-1]:.2f}{known}"
+        recent = self.rewards[-SMOOTH:]
+        return f"reward {sum(recent) / len(recent):.2f}{known}"
 
     def sync(self):
         """Bring all to the disk, before a checkpoint relies on it; -> lengths in bytes."""

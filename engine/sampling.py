@@ -55,17 +55,19 @@ class RaggedCache(Cache):
                 cache, row = node.cache
                 by_cache.setdefault(cache, []).append((i, row))
                 forked.width = max(forked.width, node.length)
-        for first in list(by_cache)[:1]:
-            for name, layers in (("keys", first.keys), ("values", first.values)):
-                for layer, like in enumerate(layers):
-                    new = like.new_zeros(len(standing), like.shape[1], 0, like.shape[3])
-                    new = widened(new, forked.width)
-                    for cache, pairs in by_cache.items():
-                        into, rows = torch.tensor(pairs, device=like.device).T
-                        columns = min(forked.width, cache.width)
-                        stored = getattr(cache, name)[layer]
-                        new[into, :, :columns] = stored[rows, :, :columns]
-                    getattr(forked, name).append(new)
+        if not by_cache:
+            return forked
+        first = next(iter(by_cache))
+        for name, layers in (("keys", first.keys), ("values", first.values)):
+            for layer, like in enumerate(layers):
+                new = like.new_zeros(len(standing), like.shape[1], 0, like.shape[3])
+                new = widened(new, forked.width)
+                for cache, pairs in by_cache.items():
+                    into, rows = torch.tensor(pairs, device=like.device).T
+                    columns = min(forked.width, cache.width)
+                    stored = getattr(cache, name)[layer]
+                    new[into, :, :columns] = stored[rows, :, :columns]
+                getattr(forked, name).append(new)
         return forked
 
 
@@ -109,12 +111,12 @@ def sample_tokens(logits, uniforms, greedy=False):
 
 
 @contextmanager
-def sampling_mode(model, plain, dtype):
+def sampling_mode(model, layers, dtype):
     """eval() and no gradients, but the 4-bit layers stay in training mode: on some CPUs their
     first forward pass in eval mode repacks the weights for inference, and from then on no
     gradient reaches the layers below. They hold no dropout, so nothing else changes.
 
-    The layers in `plain` compute with matrices W + BA, made once, instead of unpacking W and
+    The adapted `layers` compute with matrices W + BA, made once, instead of unpacking W and
     adding BA at every token. They are thrown away: nothing is merged into the 4-bit weights, and
     the update computes through the layers as they are."""
     from peft.utils.integrations import dequantize_module_weight
@@ -124,12 +126,12 @@ def sampling_mode(model, plain, dtype):
             module.train()
     with torch.no_grad():
         try:
-            for module in plain:
+            for module in layers:
                 weight = (dequantize_module_weight(module.base_layer).float()
                           + module.get_delta_weight("default").float())
                 module.forward = partial(torch.nn.functional.linear, weight=weight.to(dtype),
                                          bias=module.base_layer.bias)
             yield
         finally:
-            for module in plain:
+            for module in layers:
                 module.__dict__.pop("forward", None)

@@ -42,16 +42,25 @@ class Schedule:
 
 def parse_evaluations(text):
     """"0:500,50:100,100:500" -> {0: 500, 50: 100, 100: 500}: how many questions are asked after
-    which percent of the steps. A number alone is meant for 0 and 100, which must be there."""
-    words = str(text)
-    if words.isdecimal():
-        words = f"0:{words},100:{words}"
-    try:
-        found = {float(share): int(num) for share, num in
-                 (part.split(":") for part in words.split(","))}
-    except ValueError:
-        found = {}
-    if not {0, 100} <= set(found) or min(found) < 0 or max(found) > 100 or min(found.values()) < 1:
+    which percent of the steps. A single number stands for 0 and 100 percent, which both must be
+    given."""
+    parts, found = text.split(","), {}
+    if text.isdecimal():
+        parts = [f"0:{text}", f"100:{text}"]
+    for part in parts:
+        share, colon, num = part.partition(":")
+        if share.isdecimal() and num.isdecimal() and int(share) <= 100 and int(num) > 0:
+            found[int(share)] = int(num)
+    if len(found) < len(parts) or not {0, 100} <= set(found):
         raise UsageError(f"--eval-questions {text}: give a number, or percents from 0 to 100 with "
                          "numbers, as in 0:500,50:100,100:500")
     return found
+
+
+def due_evaluations(shares, num_steps):
+    """{percent of the steps: questions} -> {step: questions}; of two on one step the more."""
+    due = {}
+    for share, num in shares.items():
+        step = round(share * num_steps / 100)
+        due[step] = max(num, due.get(step, 0))
+    return due

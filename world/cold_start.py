@@ -9,6 +9,7 @@ import itertools
 
 from tqdm import tqdm
 
+from engine.errors import NotFinite, UsageError
 from engine.files import write_json
 from engine.runs import say
 from react_env import split_completion
@@ -36,22 +37,24 @@ def demonstration(policy, env, question):
 
 def cold_start(policy, num, seed, folder, stopped=()):
     """Teach `num` demonstrations, each once, and write FOLDER/cold_start.json: the tokens that were
-    taught and the loss, minus their mean log-prob, of each update. Something in `stopped` ends
-    the run, with nothing to go on with."""
+    taught and the loss, minus their mean log-prob, of each update. Where there is something in
+    `stopped` the run ends; it cannot go on."""
     stream = itertools.islice(practice(FIRST_WIKI + 1000 * seed, MAX_TURNS), num)
     tokens, losses = 0, []
     for first in tqdm(range(0, num, PER_UPDATE), "cold start", unit="update", leave=False):
         if stopped:
-            raise KeyboardInterrupt
+            raise UsageError(f"{folder}: stopped in the cold start; nothing was saved")
         credits = []
         for env, question in itertools.islice(stream, PER_UPDATE):
             root = demonstration(policy, env, question)
             credits.append(dict.fromkeys(nodes(root)[1:], 1.0))
-        policy.set_rate(PEAK_RATE * (1 - first / num))
+        policy.optimizer.param_groups[0]["lr"] = PEAK_RATE * (1 - first / num)
         result = policy.update(credits)
+        if result["update_skipped"]:
+            raise NotFinite(f"{folder}: in the cold start a loss or gradient was not finite")
         tokens += result["loss_tokens"]
         losses.append(result["loss"])
-    policy.start_optimizer()  # that of the training knows nothing of this
+    policy.start_optimizer()  # the training starts with a fresh one
     write_json(folder / "cold_start.json", {"demonstrations": num, "tokens": tokens,
                                             "losses": losses})
     say(f"cold start: {num:,} demonstrations of {tokens / num:.0f} tokens; loss of an update "

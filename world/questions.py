@@ -65,6 +65,8 @@ def load_data(config):
         except UsageError as error:
             raise UsageError(f"--eval-questions: {error}") from None
     everything = config.scores_a_file
+    if config.cold_start and not everything:
+        raise UsageError(f"--cold-start: --data {config.data} has no oracle")
     questions, env, notice = load_file(config.data, everything)
     if everything:
         return Data(env, [], env, questions, len(questions), notice)
