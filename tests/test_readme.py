@@ -80,9 +80,15 @@ def headline():
 def speed():
     """Lines of the table of speed, from results/bench.json."""
     for row in json.loads((HERE / "results" / "bench.json").read_text()):
+        line, memory = f"| {row['name']} | {row['ours']:.3g} {row['unit']} |", ""
+        if row["other"] is None:
+            yield f"{line} | | |"
+            continue
         low, high = row["spread"]
-        yield (f"| {row['name']} | {row['ours']:.3g} {row['unit']} | {row['other']:.3g} "
-               f"{row['unit']} | {row['ratio']:.3g} ({low:.3g} to {high:.3g}) |")
+        if "memory_mb" in row:
+            memory = "{:.0f}, {:.0f}".format(*row["memory_mb"])
+        yield (f"{line} {row['other']:.3g} {row['unit']} | {row['ratio']:.3g} ({low:.3g} to "
+               f"{high:.3g}) | {memory} |")
 
 
 def predictors():
@@ -102,6 +108,13 @@ def predictors():
 def test_every_measured_number_is_that_of_its_file(lines, page):
     table = "\n".join(lines())
     assert table and f"---|\n{table}\n" in page, table
+
+
+def test_the_real_run_is_that_of_its_files():
+    lines = (HERE / "results" / "smollm2" / "evals.jsonl").read_text().splitlines()
+    first, last = (round(100 * json.loads(lines[i])["em"]) for i in (0, -1))
+    for page in (README, GUIDE):
+        assert f"from {first} to {last} %" in page
 
 
 # ---------------------------------------------------------------- the guide
