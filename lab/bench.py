@@ -152,6 +152,14 @@ def engine(case):
     for num in case.live:
         yield compare(case, f"sample, {num} episodes (other: generate on the full history)",
                       "tok/s", lambda play: sample(play, new_roots(num)), grow, plain_react)
+    plan = policy.plan
+
+    def sample_as(plain):
+        policy.plan = plan._replace(plain=plain)
+        return sample(grow, new_roots(case.live[0]))
+    yield compare(case, f"sample, {case.live[0]} episodes, by plain matrices (other: by layers as "
+                  "they are)", "tok/s", sample_as, True, False)
+    policy.plan = plan
     roots = new_roots(case.live[0])
     grow(policy, data.env, roots, [2] * len(roots), keep=True)
     anchors = [prefix.node for root in roots for prefix in prefixes(root)][:64]
