@@ -89,12 +89,12 @@ def play(policy, env, rollouts, greedy, kept, progress):
     """Play rollouts to their ends, each turn of all live ones at once. As many are live as the
     cache has room for. When one ends, the next one starts at the following turn. The trees of the
     roots `kept` keep the caches of what has ended."""
-    waiting, live, ended, cache = unfinished(rollouts), [], [], None
+    waiting, live, finished, cache = unfinished(rollouts), [], [], None
     while live or waiting:
         size = num_that_fit(policy, standing(live + waiting))
         if size != len(live) or len(live) <= MOST_LIVE * cache.num_rows:
-            put_away(policy, ended, live, kept)
-            ended = []
+            put_away(policy, finished, live, kept)
+            finished = []
             cache, live, waiting = seat(policy, live, waiting, size)
         sample_turn(policy, cache, live, greedy)
         for rollout in live:
@@ -102,12 +102,12 @@ def play(policy, env, rollouts, greedy, kept, progress):
             action = split_completion(text)[1]
             end_turn(policy, rollout, text, env.step(rollout.node.state, action))
         done = [rollout for rollout in live if rollout.node.is_leaf]
-        live, ended = unfinished(live), ended + done
+        live, finished = unfinished(live), finished + done
         if progress:
             progress(len(done))
         if live:
             feed(policy, cache, live)
-    put_away(policy, ended, live, kept)
+    put_away(policy, finished, live, kept)
 
 
 def num_that_fit(policy, nodes):
@@ -134,9 +134,9 @@ def seat(policy, live, waiting, size):
     return cache, live, waiting
 
 
-def put_away(policy, ended, live, kept):
-    """Move the caches of ended rollouts out of the live one; drop them where there is no room."""
-    added = [rollout for rollout in ended if rollout.fed is not rollout.anchor]
+def put_away(policy, finished, live, kept):
+    """Move the caches of finished rollouts out of the live one; drop them where there is no room."""
+    added = [rollout for rollout in finished if rollout.fed is not rollout.anchor]
     if kept and live and added:
         move(added)
     used = live[0].node.cache[0].num_columns() if live else 0
