@@ -17,7 +17,7 @@ from allocator import CONCENTRATION
 from rollout import grow
 from tree import TARGETS, Node, backup, path, path_ids
 
-TINY_WIDTH = 259  # of the features of the policy in the box, on which the learning rate was tried
+TINY_WIDTH = 128  # of the policy in the box, on which the learning rate was tried
 CLIP = 0.02  # probabilities stay in [CLIP, 1 − CLIP]: nothing is ever given up for good
 
 
@@ -63,13 +63,13 @@ class HeadPredictor(Predictor):
     more, and later; without the prompt's own hidden state prefixes were predicted worse.)"""
     num_outputs = 1
 
-    def __init__(self, policy, env=None, seed=0, learning_rate=None, passes=16, memory=10000):
+    def __init__(self, policy, env=None, seed=0, learning_rate=1e-2, passes=16, memory=10000):
         self.network = self.make_network(policy)
-        if learning_rate is None:  # a step of Adam moves the output by rate times width
-            learning_rate = 1e-2 * (TINY_WIDTH / self.network[0].normalized_shape[0])
         torch.nn.init.zeros_(self.network[-1].weight)  # starts at one half everywhere
         torch.nn.init.zeros_(self.network[-1].bias)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
+        # a step of Adam moves the output by the rate times the width
+        rate = learning_rate * TINY_WIDTH / policy.body.config.hidden_size
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=rate)
         self.passes, self.memory, self.lessons = passes, memory, None
 
     def make_network(self, policy):
