@@ -135,7 +135,7 @@ def seat(policy, live, waiting, size):
 
 
 def put_away(policy, finished, live, kept):
-    """Move the caches of finished rollouts out of the live one; drop them where there is no room."""
+    """Move finished rollouts out of the live cache; forget their caches where there is no room."""
     added = [rollout for rollout in finished if rollout.fed is not rollout.anchor]
     if kept and live and added:
         move(added)
