@@ -74,7 +74,8 @@ def check_dials(config):
         if value is None:
             continue
         if field.type is str:
-            setattr(config, field.name, str(value))  # a number is welcome too
+            value = str(value)  # a number is welcome too
+            setattr(config, field.name, value)
         if limits["choices"] and value not in limits["choices"]:
             raise UsageError(f"{flag_of(field.name)} {value}: choose from "
                              f"{', '.join(limits['choices'])}{nearest(value, limits['choices'])}")

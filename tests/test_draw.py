@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.transforms import Bbox
 
-from engine.draw import Picture, draw_curve, draw_cycle, draw_tree, tree_text
+from engine.draw import Picture, draw_curve, draw_cycle, draw_tree, tree_text, smoothed
 from tree import backup
 from world.example import ENV, RIGHT, example_tree, play, wrote
 
@@ -102,3 +102,10 @@ def test_tree_shows_what_it_should():
     assert [line.get_linestyle() for line in first.lines].count("--") == 8
     second = draw_tree(full_tree(), wrote, "title", "predicted").axes[0]
     assert {".40", ".90"} <= {text.get_text() for text in second.texts}
+
+
+def test_the_reward_is_smoothed():
+    """The first values, of which there are fewer before them, too."""
+    means = smoothed([1.0] * 5 + [0.0] * 20)
+    assert means[:6] == [1.0] * 5 + [5 / 6]
+    assert means[9:11] == [0.5, 0.4] and means[14:] == [0.0] * 11

@@ -11,7 +11,7 @@ from allocator import CAP, PREFIX_RULES, ROOT_RULES
 from engine.command_line import flag_of
 from engine.errors import UsageError
 from engine.runs import start_folder
-from engine.schedule import Schedule
+from engine.schedule import Schedule, due_evaluations
 from predictor import PREDICTORS
 from trace_mini import ARMS, POOL, Config, State, main, parse_config, train_step
 from tree import leaves, sampled_tokens
@@ -143,6 +143,13 @@ def test_a_pool_never_holds_a_question_twice(data):
         assert len(pool) == 7
         seen |= pool
     assert len(seen) == 10 == len(prompts.draw(99))
+
+
+@pytest.mark.parametrize("steps, due", [
+    (40, {0: 500, 10: 100, 20: 100, 30: 100, 40: 500}), (1, {0: 500, 1: 500}), (0, {0: 500})])
+def test_when_a_run_evaluates(steps, due):
+    """By default. Bug: where two fall on one step, the smaller one counts, and guesses costs."""
+    assert due_evaluations(Config().evaluations, steps) == due
 
 
 # ---------------------------------------------------------------- flags
