@@ -172,7 +172,7 @@ class Policy:
     def start_optimizer(self):
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, weight_decay=0.0)
 
-    def update(self, credits):
+    def update(self, credits, learning_rate=None):
         """One step of the policy gradient on trees with credit, [{node: advantage}] -> metrics.
 
         The loss is the mean over the sampled tokens of all these nodes of minus advantage times
@@ -198,6 +198,8 @@ class Policy:
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM))
         finite = bool(np.isfinite(norm) and np.isfinite(loss_sum))
         if finite:  # without a gradient, in a step without contrast, nothing moves
+            rate = self.learning_rate if learning_rate is None else learning_rate
+            self.optimizer.param_groups[0]["lr"] = rate
             self.optimizer.step()
         self.optimizer.zero_grad()
         return {"loss": loss_sum, "grad_norm": norm, "loss_tokens": loss_tokens,

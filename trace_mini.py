@@ -43,7 +43,7 @@ from rollout import MOST_TOKENS, grow, prefill
 from tree import ADVANTAGES, advantages, backup, prefixes, sampled_tokens
 from world.cold_start import cold_start
 from world.files import write_predictions
-from world.questions import Prompts, load_data, summarise
+from world.questions import HOP_MIX, Prompts, load_data, summarise
 
 HERE = Path(__file__).resolve().parent
 SHOW_EVERY = 10  # steps between printed episodes
@@ -82,12 +82,13 @@ class Config:
     budget: int = dial(8000, "basic", "tokens sampled per step", 1)
     seed: int = dial(0, "basic", "of everything that is random")
     wiki_seed: int = dial(0, "basic", "of the toy wiki")
+    hop_mix: str = dial(HOP_MIX, "basic", "percent of toy chains with 1, 2, ... hops")
     out: str = dial("", "basic", "run folder (default: a new one in runs/)")
     resume: str = dial("", "basic", "run folder to go on with", free=True)
     cold_start: int = dial(0, "basic", "demonstrations before step 1 (toy only)")
     checkpoint_every: int = dial(10, "basic", "steps between checkpoints", 1, free=True)
     show_tree: bool = dial(False, "basic", "print a tree, too, with each episode", free=True)
-    learning_rate: float = dial(None, "method", "of the LoRA weights (default: by the model)")
+    learning_rate: float = dial(None, "method", "at its peak (default: by the model)")
     num_continuations: int = dial(2, "method", "N: continuations per bare rollout", high=100)
     pool_size: int = dial(32, "method", "candidates (not for uniform, pcl, mopps)", 1)
     group_size: int = dial(8, "method", "leaves per prompt, about, of equal groups", 2)
@@ -194,7 +195,8 @@ def train_step(config, state, policy, predictor, data):
     lap("predict")
 
     # 8. The policy: tree credit, and one update.
-    updated = policy.update([advantages(root, config.advantage) for root in roots])
+    credits = [advantages(root, config.advantage) for root in roots]
+    updated = policy.update(credits, policy.learning_rate * state.schedule.rate(config.steps))
     lap("update")
 
     finite = not (updated["update_skipped"] or scores["predictor_skipped"])

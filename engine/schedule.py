@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 from engine.errors import UsageError
 
+WARM_UP = 2       # steps in which the learning rate rises
 COST_DECAY = 0.7  # per step, of the counts from which the cost of a rollout is forecast
 
 
@@ -27,6 +28,12 @@ class Schedule:
         """M, at least 2."""
         left = self.budget * (self.step + 1) - self.sampled_tokens
         return max(2, int(left * self.num_rollouts / max(self.num_rollouts, self.tokens)))
+
+    def rate(self, num_steps):
+        """Share of the learning rate in the next step: it rises over the first steps, then falls
+        linearly towards 0, where the last step would have a next one."""
+        left = (num_steps - self.step) / max(1, num_steps - WARM_UP)
+        return min(1.0, (self.step + 1) / WARM_UP, left)
 
     def advance(self, num_bare, tokens, finite=True):
         """A step is done: what it spent, and whether its numbers were finite."""

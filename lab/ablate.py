@@ -42,71 +42,34 @@ RESULTS = HERE / "results"
 RUNS = HERE / "runs" / "ablate"
 # Steps, tokens and evaluations: those of a lesson, and those of everything else
 SHORT = "--steps 12 --budget 6000 --eval-questions 0:100,33:100,67:100,100:200"
-LONG = ("--steps 40 --budget 8000 "
-        "--eval-questions 0:500,20:500,40:500,60:500,80:500,100:2000")
+LONG = ("--steps 40 --budget 8000 --eval-questions "
+        "0:250,20:250,40:250,60:250,80:1000,90:1000,100:1000")
+FIRST_SEED = 100
 DEV = 1000  # --dev: seeds from here on, and this wiki, which are never reported
+DEV_PRESETS = {"tuning", "forms"}
 OTHER_WIKI = 2  # of the transfer
-TRAINED_HOPS = 4
-MORE_HOPS = 6
+MORE_HOPS = (0, 0, 0, 0, 0.5, 0.5)  # hop weights of the transfer: more than were trained
+SETTINGS = {"second": "--model tiny2 --wiki-seed 1",  # another wiki and warm start
+            "hard": "--hop-mix 10,15,25,50"}
 # Dials that do not say what is run; the choices of a method are dials of their own
 HOW = {"method", "seed", "out", "resume", "show_tree", "checkpoint_every", "cache_tokens",
        "micro_batch_tokens"}
 
 # A line per arm: preset, name, number of seeds, flags of trace_mini.py. An arm is compared with
-# the first one of its preset, NAME@X with the first of those @X. @2 is another wiki, and a policy
-# that was warm-started from another seed.
+# the first one of its preset, NAME@SETTING with the first of that setting.
 PRESETS = {}
 for line in """\
 quick       grpo            2  --method grpo
 quick       trace           2  --method trace
-main        grpo           10  --method grpo
-main        trace          10  --method trace
-main        pcl             5  --method pcl
-main        treepo          5  --method treepo
-main        oracle          2  --method oracle
-main        grpo@2         10  --method grpo --model tiny2 --wiki-seed 1
-main        trace@2        10  --method trace --model tiny2 --wiki-seed 1
-two-by-two  uniform+random  5  --method trace --root-rule uniform --prefix-rule random
-two-by-two  active+random   5  --method trace --prefix-rule random
-two-by-two  uniform+active  5  --method trace --root-rule uniform
-two-by-two  active+active   5  --method trace
-pool        grpo            3  --method grpo
-pool        trace           3  --method trace
-pool        grpo-group4     3  --method grpo --group-size 4
-pool        grpo-group16    3  --method grpo --group-size 16
-pool        trace-pool64    3  --method trace --pool-size 64
-pool        trace-pool128   3  --method trace --pool-size 128
-pool        trace-pool256   3  --method trace --pool-size 256
-advantages  grpo            3  --method trace --advantage grpo
-advantages  tree_grpo       3  --method trace --advantage tree_grpo
-advantages  treepo          3  --method trace --advantage treepo
-advantages  node_value      3  --method trace --advantage node_value
-advantages  root_value      3  --method trace --advantage root_value
-predictors  head            3  --method trace --predictor head
-predictors  head-fresh      3  --method trace --predictor fresh
-predictors  beta            3  --method trace --predictor beta
-values      plug-in         3  --method trace
-values      posterior       3  --method trace --root-rule posterior --prefix-rule posterior
-values      cost-aware      3  --method trace --prefix-rule cost_aware
-values      floor           3  --method trace --root-rule floor --prefix-rule floor
-transfer    grpo@wiki      10  --method grpo
-transfer    trace@wiki     10  --method trace
-transfer    pcl@wiki        5  --method pcl
-transfer    treepo@wiki     5  --method treepo
-transfer    grpo@hops      10  --method grpo
-transfer    trace@hops     10  --method trace
-transfer    pcl@hops        5  --method pcl
-transfer    treepo@hops     5  --method treepo
-tuning      grpo-rate6e-4   1  --method grpo --learning-rate 6e-4
-tuning      grpo-rate2.4e-3 1  --method grpo --learning-rate 2.4e-3
-tuning      grpo-group4     1  --method grpo --group-size 4
-tuning      grpo-group8     1  --method grpo --group-size 8
-tuning      pcl-group4      1  --method pcl --group-size 4
-tuning      pcl-group8      1  --method pcl --group-size 8
-tuning      treepo-group6   1  --method treepo --group-size 6
-tuning      treepo-group9   1  --method treepo --group-size 9
-tuning      trace-pool32    1  --method trace --pool-size 32
-tuning      trace-pool256   1  --method trace --pool-size 256""".split("\n"):
+tuning      grpo-1.2e-3     4  --method grpo --learning-rate 1.2e-3
+tuning      grpo-1.8e-3     4  --method grpo --learning-rate 1.8e-3
+tuning      grpo-2.7e-3     4  --method grpo --learning-rate 2.7e-3
+tuning      treepo-1.2e-3   4  --method treepo --learning-rate 1.2e-3
+tuning      treepo-1.8e-3   4  --method treepo --learning-rate 1.8e-3
+tuning      treepo-2.7e-3   4  --method treepo --learning-rate 2.7e-3
+tuning      trace-1.2e-3    4  --method trace --learning-rate 1.2e-3
+tuning      trace-1.8e-3    4  --method trace --learning-rate 1.8e-3
+tuning      trace-2.7e-3    4  --method trace --learning-rate 2.7e-3""".split("\n"):
     preset, arm, num_seeds, flags = line.split(maxsplit=3)
     PRESETS.setdefault(preset, {})[arm] = int(num_seeds), flags
 
@@ -126,14 +89,15 @@ def plan(preset, extra="", dev=False):
     """-> [Run], seed by seed, so that tables can be read before all is done. `extra` are flags
     for all arms."""
     size = SHORT if preset == "quick" else LONG
-    first = 0
+    first = FIRST_SEED
     if dev:
         first = DEV
         extra = f"--wiki-seed {DEV} {extra}"
     runs = []
     for arm, (num_seeds, flags) in PRESETS[preset].items():
         for seed in range(first, first + num_seeds):
-            words = f"{size} {flags} --seed {seed} {extra}".split()
+            setting = SETTINGS.get(arm.partition("@")[2], "")
+            words = f"{size} {flags} {setting} --seed {seed} {extra}".split()
             config = parse_config(words)
             made = made_with(config)
             folder = RUNS / f"{config.method}-{made}-s{seed}"
@@ -153,13 +117,14 @@ def made_with(config):
         value = getattr(config, field.name)
         if field.name in Arm._fields or (value != field.default and field.name not in HOW):
             dials[field.name] = value
-    return fingerprint((sorted(dials.items()), weights_and_world(config.model, config.wiki_seed)))
+    world = weights_and_world(config.model, config.wiki_seed, config.hop_mix)
+    return fingerprint((sorted(dials.items()), world))
 
 
 @cache
-def weights_and_world(model, wiki_seed):
+def weights_and_world(model, wiki_seed, hop_mix):
     """Their fingerprints: of the embedded model or a folder; of a hub's model the name must do."""
-    data = load_data(Config(wiki_seed=wiki_seed))
+    data = load_data(Config(wiki_seed=wiki_seed, hop_mix=hop_mix))
     return fingerprint_of_files(model_folder(model), "*.safetensors"), data.fingerprints()
 
 
@@ -243,10 +208,9 @@ def score_transfer(folder, where):
         config.wiki_seed = OTHER_WIKI
     data = load_data(config)
     questions = data.eval
-    if where == "hops":  # few chains are long enough
-        many = make_questions(make_world(NUM_ARTICLES, config.wiki_seed), 10 * len(questions),
-                              split="eval", max_hops=MORE_HOPS, kinds=("bridge",))
-        questions = [q for q in many if q.num_hops > TRAINED_HOPS][:len(questions)]
+    if where == "hops":
+        questions = make_questions(make_world(NUM_ARTICLES, config.wiki_seed), len(questions),
+                                   split="eval", hop_weights=MORE_HOPS, kinds=("bridge",))
     result = evaluate(policy, data.eval_env, questions)
     write_json(f"{folder}/transfer-{where}.json", result | {"num_questions": len(questions)})
 
@@ -290,8 +254,6 @@ def parse(arguments):
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {args.jobs}")
-    if args.preset == "tuning":
-        args.dev = True  # what tunes is not what is reported
     return args
 
 
@@ -305,7 +267,7 @@ def command(args):
         return print(differences(gather(runs, file)))
     if args.dev or args.flags:
         file = RUNS / file.name
-    runs = plan(args.preset, args.flags, args.dev)
+    runs = plan(args.preset, args.flags, args.dev or args.preset in DEV_PRESETS)
     done = gather(runs, file)
     if args.table:
         return print(report(args.preset, runs, done))

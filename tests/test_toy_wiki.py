@@ -82,4 +82,4 @@ def test_namesakes_are_met_on_a_page_or_in_the_similar_list():
 
 def test_too_many_questions_say_so():
     with pytest.raises(UsageError, match="does not hold 2000"):
-        make_questions(make_world(100, 0), 2000, max_hops=1)
+        make_questions(make_world(100, 0), 2000, hop_weights=[1])

@@ -60,7 +60,7 @@ def test_every_fault_makes_wrong_answers(fault):
     """A demonstrator with this fault alone fails somewhere; without any it never does. (A wrong
     first choice is repaired unless nothing is checked, so those two come together.)"""
     world = make_world(200, 0)
-    env, questions = ReActEnv(world.wiki, max_turns=8), make_questions(world, 100, max_hops=3)
+    env, questions = ReActEnv(world.wiki, max_turns=8), make_questions(world, 100, hop_weights=HOP_WEIGHTS[:3])
     choices = ("first_choice", "no_check")
     together = choices if fault in choices else (fault,)
 

@@ -48,8 +48,7 @@ def cold_start(policy, num, seed, folder, stopped=()):
         for env, question in itertools.islice(stream, PER_UPDATE):
             root = demonstration(policy, env, question)
             credits.append(dict.fromkeys(nodes(root)[1:], 1.0))
-        policy.optimizer.param_groups[0]["lr"] = PEAK_RATE * (1 - first / num)
-        result = policy.update(credits)
+        result = policy.update(credits, PEAK_RATE * (1 - first / num))
         if result["update_skipped"]:
             raise NotFinite(f"{folder}: in the cold start a loss or gradient was not finite")
         tokens += result["loss_tokens"]

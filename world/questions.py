@@ -10,10 +10,11 @@ from engine.files import fingerprint
 from react_env import ReActEnv, normalize_answer
 from tree import leaves
 from world.files import load_questions
-from world.toy import make_questions, make_world
+from world.toy import make_questions, make_world, parse_hop_mix
 
 NUM_ARTICLES = 1000   # of the toy wiki
 NUM_QUESTIONS = 4000  # of the toy wiki, to train on
+HOP_MIX = "36,32,22,10"  # HOP_WEIGHTS of world/toy.py, in percent
 MAX_TURNS = 8         # of an episode, Finish included
 COUNT_DECAY = 0.9     # of counted outcomes, whenever a step adds to them
 
@@ -57,13 +58,16 @@ def load_data(config):
     num_eval = max(config.evaluations.values())
     if config.data == "toy":
         world = make_world(NUM_ARTICLES, config.wiki_seed)
-        env = ReActEnv(world.wiki, MAX_TURNS)
+        env, mix = ReActEnv(world.wiki, MAX_TURNS), parse_hop_mix(config.hop_mix)
+        train = [] if config.scores_a_file else make_questions(
+            world, NUM_QUESTIONS, split="train", hop_weights=mix)
         try:
-            train = make_questions(world, NUM_QUESTIONS, split="train")
-            return Data(env, [] if config.scores_a_file else train,
-                        env, make_questions(world, num_eval, split="eval"), num_eval)
+            held_out = make_questions(world, num_eval, split="eval", hop_weights=mix)
         except UsageError as error:
             raise UsageError(f"--eval-questions: {error}") from None
+        return Data(env, train, env, held_out, num_eval)
+    if config.hop_mix != HOP_MIX:
+        raise UsageError("--hop-mix goes with --data toy")
     everything = config.scores_a_file
     if config.cold_start and not everything:
         raise UsageError(f"--cold-start: --data {config.data} has no oracle")

@@ -188,8 +188,8 @@ def _value(rng, target, titles):
 
 
 # ---------------------------------------------------------------- its questions
-HOP_WEIGHTS = (0.36, 0.32, 0.22, 0.1, 0.1, 0.1)  # of chains with 1 to 6 hops
-MOST_TURNS = 7  # that the oracle may need
+HOP_WEIGHTS = (0.36, 0.32, 0.22, 0.1)  # how often a chain of 1, 2, ... hops is tried
+MOST_TURNS = 7  # that the oracle may need: chains of at most six hops
 KINDS = ("bridge",) * 6 + ("lookup", "similar", "comparison", "yes_no")
 
 
@@ -199,6 +199,15 @@ class ToyQuestion(Question):
     starts: tuple = ()     # titles where the plan begins: one, or two to be compared
     relations: tuple = ()  # relation names, first hop first
     goal: str = "value"    # value | earlier | later | same
+
+
+def parse_hop_mix(text):
+    """"36,32,22,10" -> (0.36, 0.32, 0.22, 0.1): percent of chains with 1, 2, ... hops."""
+    parts = text.split(",")
+    if not all(map(str.isdecimal, parts)) or len(parts) > 6 or sum(map(int, parts)) != 100:
+        raise UsageError(f"--hop-mix {text}: give percents of 1, 2, ... up to 6 hops that add up "
+                         "to 100, as in 36,32,22,10")
+    return tuple(int(part) / 100 for part in parts)
 
 
 def _question(world, kind, starts, relations, goal, text, answer, path):
@@ -215,9 +224,9 @@ def _in_split(title, split):
     return split is None or held_out == (split == "eval")
 
 
-def _chain(world, rng, start, max_hops):
+def _chain(world, rng, start, hop_weights):
     """A chain of facts from `start`, or None where it ends early, circles or takes too long."""
-    num_hops = rng.choices(range(1, max_hops + 1), HOP_WEIGHTS[:max_hops])[0]
+    num_hops = rng.choices(range(1, len(hop_weights) + 1), hop_weights)[0]
     title = start
     path, relations = [], []
     num_lookups = 0
@@ -278,7 +287,7 @@ def _pair(world, rng, start, kind, split):
     return None
 
 
-def make_questions(world, num, seed=0, split=None, max_hops=4, kinds=KINDS):
+def make_questions(world, num, seed=0, split=None, hop_weights=HOP_WEIGHTS, kinds=KINDS):
     """-> `num` different questions. Splits ("train", "eval") share no title that a plan starts
     at, so they are disjoint in chains. UsageError when the world does not hold so many."""
     rng = random.Random(f"questions {world.seed} {seed} {split}")
@@ -292,13 +301,13 @@ def make_questions(world, num, seed=0, split=None, max_hops=4, kinds=KINDS):
             if kind in ("comparison", "yes_no"):
                 question = _pair(world, rng, start, kind, split)
             else:
-                question = _chain(world, rng, start, max_hops)
+                question = _chain(world, rng, start, hop_weights)
             if question and question.kind == kind and question.id not in found:
                 found[question.id] = question
                 break
         else:
             raise UsageError(f"a wiki of {len(world.wiki)} articles does not hold {num} questions "
-                             f"of this sort (split={split}, max_hops={max_hops}, kind {kind})")
+                             f"of this sort (split {split}, hop weights {hop_weights}, kind {kind})")
     return list(found.values())
 
 

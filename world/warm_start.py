@@ -38,7 +38,7 @@ from predictor import monte_carlo_value
 from react_env import observation_text, prompt_text
 from trace_mini import Config, evaluate
 from world.questions import MAX_TURNS, load_data
-from world.toy import never, oracle, practice, run_agent
+from world.toy import HOP_WEIGHTS, never, oracle, practice, run_agent
 from world.words import SYLLABLES
 
 bnb = import_bitsandbytes()
@@ -78,9 +78,10 @@ def flawed(rng):
     return slip
 
 
-def demonstrations(seed, slip, max_hops=3):
+def demonstrations(seed, slip, most_hops=3):
     """Endless demonstrations: lists of (text, is_action) pieces, in the order of the episode."""
-    for env, question in practice(FIRST_WIKI + 1000 * seed, MAX_TURNS, max_hops=max_hops):
+    for env, question in practice(FIRST_WIKI + 1000 * seed, MAX_TURNS,
+                                  hop_weights=HOP_WEIGHTS[:most_hops]):
         pieces = [(prompt_text(question), False)]
         for text, observation in run_agent(env, question, oracle(question, slip))[1]:
             pieces += [(text, True), (observation_text(observation), False)]
@@ -241,7 +242,7 @@ def build_tiny(seed=0):
     torch.manual_seed(seed)
     first = 4 * seed  # seed of the demonstrations
     tokenizer, model = make_tokenizer(seed), make_model(seed)
-    easy = itertools.islice(demonstrations(first + 1, never, max_hops=1), 150 * BATCH)
+    easy = itertools.islice(demonstrations(first + 1, never, most_hops=1), 150 * BATCH)
     clean = itertools.chain(easy, demonstrations(first + 2, never))
     fit(model, batches(tokenizer, clean), 1000, 0.7, "clean")
     wrong = demonstrations(first + 3, flawed(random.Random(first + 3)))
