@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engine.attention import pack
-from engine.caches import feed_cache
+from engine.caches import feed_cache, middle_layer
 from engine.errors import UsageError, first_line
 from engine.files import fingerprint_of_files, model_folder
 from engine.loading import (FILES, adapter_weights, check_logits, check_vocabulary,
@@ -58,6 +58,7 @@ class Policy:
         self.learning_rate = sizes.learning_rate if rate is None else rate
         self.start_optimizer()
         self.layers, self.plan = adapted_layers(self.body), None
+        self.middle = middle_layer(self.body)
 
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]

@@ -12,29 +12,53 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from allocator import CONCENTRATION
 from rollout import grow
 from tree import TARGETS, Node, backup, path, path_ids
 
 TINY_WIDTH = 128  # of the policy in the box, on which the learning rate was tried
+FIT_STEPS = 30    # of L-BFGS, per step of the run
 CLIP = 0.02  # probabilities stay in [CLIP, 1 − CLIP]: nothing is ever given up for good
 
 
 class Features(NamedTuple):
     """Of n anchors: roots or prefixes that have been fed to the policy."""
     hidden: np.ndarray  # float32 [n, 2 width], the policy's hidden states at prompt and anchor
+    middle: np.ndarray  # float32 [n, 2 width], likewise: means of a middle layer over what was read
     plain: np.ndarray   # float32 [n, 3]: turn index, last search missed, mean log-prob of the turn
+    typed: np.ndarray   # float32 [n, 5]: see what_happened
     anchors: tuple      # [n] the nodes, for per-prompt counts and the Monte-Carlo oracle only
 
 
 def features(anchors):
-    hidden, plain = [], []
+    hidden, middle, plain, typed = [], [], [], []
     for node in anchors:
-        logprob = float(node.logprobs.mean()) if node.num_sampled else 0.0
-        hidden.append(np.concatenate([path(node)[0].hidden, node.hidden]))
+        root, logprob = path(node)[0], 0.0
+        if node.num_sampled:
+            logprob = float(node.logprobs.mean())
+        hidden.append(np.concatenate([root.hidden, node.hidden]))
+        middle.append(np.concatenate([root.middle, node.middle]))
         plain.append([node.depth, float(node.state.last_missed), logprob])
-    return Features(np.stack(hidden), np.array(plain, np.float32), tuple(anchors))
+        typed.append(what_happened(node))
+    plain, typed = np.array(plain, np.float32), np.array(typed, np.float32)
+    return Features(np.stack(hidden), np.stack(middle), plain, typed, tuple(anchors))
+
+
+def what_happened(node):
+    """Of the last turn, 0 or 1 each: it was a Lookup; with a hit; it opened a new page; nothing new
+    came of it. Then the number of pages opened so far."""
+    known = [above.state.page for above in path(node)[:-1]]
+    if not known:  # a root
+        return [0, 0, 0, 0, 0]
+    state, before = node.state, node.parent.state
+    place = state.keyword, state.lookup_index
+    lookup = state.keyword is not None and place != (before.keyword, before.lookup_index)
+    opened = state.page not in known
+    nothing = not (lookup or opened or state.last_missed)
+    num_pages = len({*known, state.page} - {None})
+    return [lookup, lookup and state.lookup_index > 0, opened, nothing, num_pages]
 
 
 class Predictor:
@@ -120,6 +144,102 @@ class HeadPredictor(Predictor):
         self.lessons = state["lessons"]
 
 
+class ProbePredictor(Predictor):
+    """Beyond the paper: a logistic regression with an L2 penalty on all features, standardised,
+    those of a middle layer among them. After every step it is fitted anew, to its end, to the last
+    `memory` anchors together. Of several penalties the one serves whose past predictions were
+    best: each scored on what it had not seen yet."""
+    state = ("weights", "mean", "spread", "lessons", "losses")
+    penalties = torch.tensor([300.0, 1000.0, 3000.0, 10000.0])[:, None]  # on squared weights
+
+    def __init__(self, policy=None, env=None, seed=0, memory=10000):
+        self.memory, self.lessons, self.mean, self.spread = memory, None, 0.0, 1.0
+        self.weights = None  # [penalties, features + 1], the last column is the offset
+        self.losses = torch.zeros(len(self.penalties))  # cross entropy so far, summed over leaves
+
+    def inputs(self, features):
+        return torch.tensor(np.concatenate(
+            [features.middle, features.hidden, features.plain, features.typed], 1))
+
+    def outputs(self, inputs):
+        """[n, features] -> logits [n, penalties]"""
+        if self.weights is None:
+            return torch.zeros(len(inputs), len(self.penalties))
+        standard = (inputs - self.mean) / self.spread
+        return standard @ self.weights[:, :-1].T + self.weights[:, -1]
+
+    def predict(self, features):
+        outputs = self.outputs(self.inputs(features))[:, self.losses.argmin()]
+        return np.clip(torch.sigmoid(outputs).double().numpy(), CLIP, 1 - CLIP)
+
+    def update(self, features, targets, weights):
+        """-> mean cross entropy of what is new, before it is learnt; NaN, and nothing is learnt,
+        where that is not finite."""
+        new = [self.inputs(features), torch.tensor(targets).float(), torch.tensor(weights).float()]
+        losses = self.losses_of(self.outputs(new[0]), *new[1:])
+        before = (losses[self.losses.argmin()] / new[2].sum()).item()
+        if not np.isfinite(before):
+            return np.nan
+        self.losses = self.losses + losses
+        if self.lessons is not None:
+            new = [torch.cat(pair)[-self.memory:] for pair in zip(self.lessons, new)]
+        self.lessons = new
+        self.fit(*new)
+        return before
+
+    def losses_of(self, outputs, targets, weights):
+        """Cross entropy of each penalty's logits, summed over leaves."""
+        targets = targets[:, None].expand_as(outputs)
+        losses = binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        return weights @ losses
+
+    def fit(self, inputs, targets, weights):
+        """All penalties at once: their losses share no weight. It begins where it ended last."""
+        self.mean, self.spread = inputs.mean(0), inputs.std(0, correction=0) + 1e-6
+        if self.weights is None:
+            self.weights = torch.zeros(len(self.penalties), inputs.shape[1] + 1)
+        parameters = self.weights.requires_grad_()
+        optimizer = torch.optim.LBFGS([parameters], max_iter=FIT_STEPS,
+                                      line_search_fn="strong_wolfe")
+        standard = torch.nn.functional.pad((inputs - self.mean) / self.spread, (0, 1), value=1.0)
+
+        def loss():
+            optimizer.zero_grad()
+            losses = self.losses_of(standard @ parameters.T, targets, weights).sum()
+            total = losses + (self.penalties * parameters[:, :-1] ** 2).sum() / 2
+            total.backward()
+            return total
+        optimizer.step(loss)
+        self.weights = parameters.detach()
+
+
+class MergedPredictor(ProbePredictor):
+    """The probe, taught by tree.merged_targets."""
+    targets = "merged"
+
+
+class LaplacePredictor(ProbePredictor):
+    """The probe, which also tells how sure it is: its weights are taken as normally distributed
+    around the fit, with the curvature of the loss there (Laplace)."""
+
+    def concentration(self, features):
+        if self.weights is None:
+            return np.full(len(features.anchors), 2.0)
+        inputs, _, weights = self.lessons
+        best = self.losses.argmin()
+        standard = torch.nn.functional.pad((inputs - self.mean) / self.spread, (0, 1), value=1.0)
+        p = torch.sigmoid(standard @ self.weights[best])
+        curvature = standard.T @ (standard * (weights * p * (1 - p))[:, None])
+        penalty = self.penalties[best].expand(len(curvature)).clone()
+        penalty[-1] = 1.0
+        asked = torch.nn.functional.pad((self.inputs(features) - self.mean) / self.spread, (0, 1),
+                                        value=1.0)
+        solved = torch.linalg.solve(curvature + torch.diag(penalty), asked.T)
+        variance = (asked * solved.T).sum(1)
+        p = torch.sigmoid(asked @ self.weights[best])
+        return (1 / (p * (1 - p) * variance) - 1).clamp(0.2, 1000).double().numpy()
+
+
 class FreshPredictor(HeadPredictor):
     """The head, taught by tree.fresh_targets."""
     targets = "fresh"
@@ -168,6 +288,8 @@ class OraclePredictor(Predictor):
 
 
 PREDICTORS = {"head": HeadPredictor, "fresh": FreshPredictor, "beta": BetaPredictor,
+              "probe": ProbePredictor, "laplace": LaplacePredictor,
+              "merged": MergedPredictor,
               "oracle": OraclePredictor}
 
 

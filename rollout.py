@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from engine.caches import cached_above, forget_caches, forget_paths, held_tokens, move
+from engine.caches import (cached_above, forget_caches, forget_paths, held_tokens, move,
+                           watching)
 from engine.memory import halving
 from engine.sampling import RaggedCache, keyed_uniforms, rollout_key, sample_tokens
 from react_env import action_end, observation_text, split_completion
@@ -229,9 +230,8 @@ def feed(policy, cache, rollouts):
     ids, starts, rows = [], [], []
     for rollout in rollouts:
         node = rollout.node
-        num_fed = max(0, node.num_sampled - 1)
-        ids.append(node.ids[num_fed:])
-        starts.append(node.parent.length + num_fed)
+        ids.append(node.ids[node.first_read:])
+        starts.append(node.parent.length + node.first_read)
         rows.append(rollout.row)
     remember(policy, cache, standing(rollouts), ids, starts, rows)
 
@@ -255,12 +255,17 @@ def fill(policy, nodes):
 
 
 def remember(policy, cache, fed, ids, starts, rows):
-    """Feed ids[i] to row rows[i], from column starts[i] on; the nodes `fed` keep the hidden state
-    at their last token and their place in the cache."""
-    ends = np.cumsum(list(map(len, ids))) - 1
-    hidden = policy.forward(ids, rows, starts, cache)[ends]
-    for node, row, values in zip(fed, rows, hidden.float().cpu().numpy()):
-        node.hidden, node.cache = values, (cache, row)
+    """Feed ids[i] to row rows[i], from column starts[i] on; the nodes `fed` keep what the predictor
+    reads, and their place in the cache."""
+    ends = np.cumsum(list(map(len, ids)))
+    with watching(policy.middle) as seen:
+        hidden = policy.forward(ids, rows, starts, cache)[ends - 1]
+    means = []
+    for node, end in zip(fed, ends):
+        means.append(seen[0][end - len(node.ids) + node.first_read:end].mean(0))
+    hidden, means = (x.float().cpu().numpy() for x in (hidden, torch.stack(means)))
+    for i, node in enumerate(fed):
+        node.hidden, node.middle, node.cache = hidden[i], means[i], (cache, rows[i])
 
 
 def prefill(policy, roots):

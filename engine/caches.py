@@ -1,4 +1,6 @@
 """Feeding caches, and which trees hold on to them: a node's `cache` is (RaggedCache, row)."""
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -26,6 +28,28 @@ def feed_cache(body, ids, rows, starts, cache):
     return body(input_ids=ids[None], position_ids=columns[None], use_cache=True,
                 attention_mask=mask,  # [R, 1, T, S]
                 places=(packed_rows, slots), cache=cache).last_hidden_state[0]
+
+
+def middle_layer(body):
+    """The layer halfway up a transformer."""
+    num = body.config.num_hidden_layers
+    layers = next(module for module in body.modules()
+                  if isinstance(module, torch.nn.ModuleList) and len(module) == num)
+    return layers[num // 2]
+
+
+@contextmanager
+def watching(layer):
+    """A list that gets what the layer computes in each forward pass, hidden states [N, W]."""
+    seen = []
+
+    def note(layer, inputs, output):
+        seen.append((output[0] if isinstance(output, tuple) else output)[0])
+    hook = layer.register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def cached_above(node):
