@@ -225,8 +225,18 @@ def tree_metrics(roots, m, bare, continuations):
             "group_sizes": dict(sorted(Counter(m.tolist()).items())),
             "reward_mean": sum(leaf.reward for leaf in bare) / len(bare),
             "effective_ratio": sum(map(has_contrast, roots)) / len(roots),
+            "mixed_of_8": sum(map(mixed_of_8, roots)) / len(roots),
             "cut_observations": sum(turn.cut_observation for turn in turns),
             "overflowed_episodes": sum(turn.overflowed for turn in turns)}
+
+
+def mixed_of_8(root):
+    """Chance that eight leaves of a tree, drawn at random, are mixed; all of them where there are
+    fewer. So trees of many leaves compare with those of few."""
+    num, wins = root.num_leaves, round(root.value * root.num_leaves)
+    drawn = min(8, num)
+    alike = math.comb(wins, drawn) + math.comb(num - wins, drawn)
+    return 1 - alike / math.comb(num, drawn)
 
 
 def say(text):

@@ -32,7 +32,7 @@ from engine.files import (fingerprint, fingerprint_of_files, model_folder, read_
                           write_json)
 from engine.runs import checkpoint_file, checkpoint_files, load_checkpoint
 from lab.pictures import draw_arms
-from lab.tables import differences, finished, read_rows, report, write_rows
+from lab.tables import by_run, differences, finished, read_rows, report, write_rows
 from policy import load_policy
 from trace_mini import HERE, Arm, Config, evaluate, parse_config, read_config
 from world.questions import NUM_ARTICLES, load_data
@@ -185,8 +185,8 @@ def run_one(lock, run):
 
 
 def collect(run, jobs):
-    """Rows of a finished run, one per evaluation. Effective Ratio, leaves per prompt and coverage
-    are means over the steps since the row before. Leaves, loss tokens and minutes (of training,
+    """Rows of a finished run, one per evaluation. Effective Ratio (also of eight leaves),
+    leaves per prompt and coverage are means over the steps since the row before. Leaves, loss tokens and minutes (of training,
     not of evaluation) are counted from the start."""
     steps = read_lines(run.folder / "metrics.jsonl")
     evals = read_lines(run.folder / "evals.jsonl")
@@ -204,11 +204,11 @@ def collect(run, jobs):
         row = {"arm": run.arm, "seed": run.seed, "made_with": run.made_with,
                "hardware": f"{hardware}, {jobs} at once", "minutes": sum(times) / 60,
                "eval_em": result["em"], "eval_f1": result["f1"]}
-        for name in ("step", "sampled_tokens", "em_first", "num_questions"):
+        for name in ("step", "sampled_tokens", "num_questions"):
             row[name] = result[name]
         for name in ("leaves", "loss_tokens"):
             row[name] = sum(step[name] or 0 for step in done)
-        for name in ("effective_ratio", "leaves_per_prompt", "coverage"):
+        for name in ("effective_ratio", "mixed_of_8", "leaves_per_prompt", "coverage"):
             if new:
                 row[name] = np.mean([step[name] for step in new])
         for hops, em in result["by_hops"].items():
@@ -248,6 +248,18 @@ def gather(runs, file):
     return finished(runs, rows)
 
 
+def all_differences(folder):
+    """The table of FOLDER/contrasts.txt, from all rows in that folder."""
+    try:
+        contrasts = (folder / "contrasts.txt").read_text()
+    except OSError:
+        raise UsageError(f"{folder}: no contrasts.txt there") from None
+    rows = []
+    for file in sorted(folder.glob("*.csv")):
+        rows += [row for row in read_rows(file) if "arm" in row]
+    return differences(by_run(rows), contrasts)
+
+
 def run_missing(runs, file, jobs):
     """Run these, and write their rows. -> logs of the runs that failed"""
     trained = {run.folder: run._replace(where="") for run in runs if run.where}
@@ -270,7 +282,9 @@ def parse(arguments):
     flag("--arms", help="only these, with commas between")
     flag("--jobs", type=int, default=os.cpu_count(), help="runs at once [%(default)s]")
     flag("--table", action="store_true", help="run nothing, print the tables")
-    flag("--differences", action="store_true", help="run nothing, print the paired differences")
+    flag("--rows", metavar="FILE", help="run nothing, print the tables of such rows alone")
+    flag("--differences", metavar="DIR", help="run nothing, print the paired differences that "
+         "contrasts.txt in this folder lists, of all rows in it")
     flag("--dev", action="store_true", help="development seeds and wiki; rows stay in runs/")
     flag("--flags", default="", help="of trace_mini.py for all arms, as one argument "
          "(--flags='--steps 9'); rows stay in runs/ too")
@@ -285,16 +299,17 @@ def command(args):
     """-> exit code: 1 where a run failed."""
     if args.score:
         return score_transfer(*args.score)
-    file = RESULTS / f"{args.preset}.csv"
+    if args.rows:
+        return print(report(by_run(read_rows(Path(args.rows)))))
     if args.differences:
-        runs = [*plan("main"), *plan("transfer"), *plan("two-by-two")]
-        return print(differences(gather(runs, file)))
+        return print(all_differences(Path(args.differences)))
+    file = RESULTS / f"{args.preset}.csv"
     if args.dev or args.flags:
         file = RUNS / file.name
     runs = plan(args.preset, args.flags, args.dev or args.preset in DEV_PRESETS)
-    done = gather(runs, file)
+    done, planned = gather(runs, file), [(run.arm, run.seed) for run in runs]
     if args.table:
-        return print(report(args.preset, runs, done))
+        return print(report(done, planned))
     arms = args.arms.split(",") if args.arms else PRESETS[args.preset]
     if not PRESETS[args.preset].keys() >= set(arms):
         raise UsageError(f"--arms {args.arms}: choose from {', '.join(PRESETS[args.preset])}")
@@ -304,7 +319,7 @@ def command(args):
     curves = list(chain(*[rows for rows in done.values() if len(rows) > 1]))
     if curves:
         draw_arms(curves, file.with_suffix(".png"))
-    print(report(args.preset, runs, done))
+    print(report(done, planned))
     if failed:
         print(f"failed, see: {', '.join(failed)}", file=sys.stderr)
         return 1

@@ -1,9 +1,9 @@
 """Rows of an ablation, what they say over seeds, and the tables that they make. No torch.
 
 A row is one evaluation of one run; `collect` in lab/ablate.py says what its columns are. Two
-numbers decide: exact match after the last step, and the area, which is the mean exact match over
-the whole run. `runs` are what was planned; `done` holds what is finished, {(arm, seed): rows by
-step}.
+numbers decide. The end is the mean exact match of the evaluations that asked as many questions as
+the last one: in protocol 2 those after 80, 90 and 100 % of the tokens. The area is the mean exact
+match over the whole run. `done` holds what is finished, {(arm, seed): rows by step}.
 """
 import csv
 import io
@@ -14,32 +14,14 @@ from itertools import chain
 import numpy as np
 
 from engine.files import write_aside
+from lab.stats import interval, mean_and_band, sign_flip, summary
 
 TEXTS = {"arm", "predictor", "group", "hardware", "made_with"}  # other columns hold numbers
 HEADER = """\
 | arm | seeds | exact match | area | difference | area difference | tokens to reach |\
- Effective Ratio | minutes | command |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+ Effective Ratio | minutes |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 EQUAL_LEAVES = 0.05  # Effective Ratios are compared where leaves per prompt differ by less
-
-# The differences that are reported: seeds at most | column | weights and arms | words for it
-CONTRASTS = """\
-10 | eval_em | 1 trace -1 grpo | trace − grpo
-10 | em 1 hops | 1 trace -1 grpo | trace − grpo, questions of 1 hops
-10 | em 2 hops | 1 trace -1 grpo | trace − grpo, questions of 2 hops
-10 | em 3 hops | 1 trace -1 grpo | trace − grpo, questions of 3 hops
-5 | eval_em | 1 trace -1 grpo | trace − grpo, seeds 0 to 4
-10 | eval_em | 1 trace@2 -1 grpo@2 | trace@2 − grpo@2: second wiki, second warm start
-10 | eval_em | 1 trace@wiki -1 grpo@wiki | trace − grpo on a third wiki, untrained there
-5 | eval_em | 1 trace -1 pcl | trace − pcl
-5 | eval_em | 1 trace -1 treepo | trace − treepo
-5 | eval_em | 1 uniform+random -1 grpo | uniform roots and random prefixes − grpo
-5 | eval_em | .5 active+active .5 active+random -.5 uniform+active -.5 uniform+random\
- | active − uniform roots (mean of both prefixes)
-5 | eval_em | .5 active+active -.5 active+random .5 uniform+active -.5 uniform+random\
- | active − random prefixes (mean of both roots)
-5 | eval_em | 1 active+active -1 active+random -1 uniform+active 1 uniform+random\
- | both active, beyond the sum of the two"""
 
 
 # ---------------------------------------------------------------- files
@@ -64,6 +46,14 @@ def write_rows(file, rows):
         stream.write(text.getvalue().encode())
 
 
+def by_run(rows):
+    """-> `done`, of all that stands in these rows."""
+    done = {}
+    for row in rows:
+        done.setdefault((row["arm"], row["seed"]), []).append(row)
+    return done
+
+
 def finished(runs, rows):
     """-> `done`. Runs are found by what they were made with: an arm may have run under another
     name. One whose last step is not there is not finished."""
@@ -76,33 +66,11 @@ def finished(runs, rows):
     return done
 
 
-# ---------------------------------------------------------------- statistics
-def student_t(df):
-    """t with P(|T| < t) = 0.95 at `df` degrees of freedom, to 5 digits: T = sqrt(df) tan(angle),
-    and the density of the angle goes with cos(angle)^(df - 1)."""
-    angle = np.linspace(0, np.pi / 2, 20001)
-    density = np.cos(angle) ** (df - 1)
-    below = np.append(0, np.cumsum(density[1:] + density[:-1]))
-    return float(df ** 0.5 * np.tan(np.interp(0.95 * below[-1], below, angle)))
-
-
-def interval(values):
-    """Over the first axis -> (mean, half of its 95 % t interval; nan for one value)."""
-    n = len(values)
-    half = student_t(n - 1) * np.std(values, 0, ddof=1) / n ** 0.5 if n > 1 else np.nan
-    return np.mean(values, 0), half
-
-
-def mean_and_band(curves, num=50):
-    """(x, mean, half of its 95 % t interval), [num] each, of curves [(x, y)] on their common x;
-    half is one nan for one curve."""
-    x = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), num)
-    return x, *interval([np.interp(x, *curve) for curve in curves])
-
-
+# ---------------------------------------------------------------- scores of runs
 def curve(rows):
-    """-> [2, n]: sampled tokens, and exact match on the questions of every evaluation."""
-    return np.array([(row["sampled_tokens"], row["em_first"]) for row in rows]).T
+    """-> [2, n]: sampled tokens, and exact match. In protocol 1 that is of the questions which
+    every evaluation asked."""
+    return np.array([(row["sampled_tokens"], row.get("em_first", row["eval_em"])) for row in rows]).T
 
 
 def area(rows):
@@ -111,12 +79,16 @@ def area(rows):
     return np.trapezoid(y, x) / (x[-1] - x[0]) if len(x) > 1 else np.nan
 
 
+def end(rows, name="eval_em"):
+    """Mean of a column over the evaluations that asked as many questions as the last one, or
+    nan."""
+    most = rows[-1]["num_questions"]
+    return np.mean([row.get(name, np.nan) for row in rows if row["num_questions"] == most])
+
+
 def column(name):
     """-> function of a run's rows: what the last one holds there, or nan."""
     return lambda rows: rows[-1].get(name, np.nan)
-
-
-last = column("eval_em")  # exact match after the last step, on all questions
 
 
 def mean_of(name, runs):
@@ -159,38 +131,41 @@ def tokens_to_reach(pairs):
 
 
 def effective_ratio(pairs):
-    """Of the first arm, only at equal leaves per prompt: it grows with them."""
+    """Of the first arm. It grows with the leaves of a tree: among eight of them, or in protocol 1
+    only where both arms have as many."""
     if not pairs:
         return "–"
     ours, theirs = zip(*pairs)
+    if "mixed_of_8" in ours[0][-1]:
+        return f"{mean_of('mixed_of_8', ours):.2f}"
     leaves = mean_of("leaves_per_prompt", ours) / mean_of("leaves_per_prompt", theirs)
     return f"{mean_of('effective_ratio', ours):.2f}" if abs(leaves - 1) < EQUAL_LEAVES else "–"
 
 
 # ---------------------------------------------------------------- tables in markdown
-def table(preset, runs, done):
-    """A line per arm. It is compared with the first arm of the preset, or NAME@X with the first
-    of those @X, over the seeds that both have."""
+def table(done, planned=()):
+    """A line per arm, in the order of what was planned, [(arm, seed)], or of what is done. It is
+    compared with the first arm, or NAME@X with the first of those @X, over the seeds that both
+    have."""
     lines = [HEADER]
     first = {}
-    for arm, num in Counter(run.arm for run in runs).items():
-        command = f"`python -m lab.ablate --preset {preset} --arms {arm}`"
+    for arm, num in Counter(arm for arm, _ in planned or done).items():
         base = first.setdefault(arm.partition("@")[2], arm)
         mine = shared(done, arm)
         if not mine:
-            lines.append(f"| {arm} | not run (0 of {num}) |{' – |' * 7} {command} |")
+            lines.append(f"| {arm} | not run (0 of {num}) |{' – |' * 7}")
             continue
         seeds = f"{len(mine)} of {num}" if len(mine) < num else num
         pairs = shared(done, arm, base)
         gains = area_gains = []
         if arm != base:
-            gains = sums(pairs, [1, -1], last)
+            gains = sums(pairs, [1, -1], end)
             area_gains = sums(pairs, [1, -1], area)
         lines.append(
-            f"| {arm} | {seeds} | {percent(sums(mine, [1], last))} | "
+            f"| {arm} | {seeds} | {percent(sums(mine, [1], end))} | "
             f"{percent(sums(mine, [1], area))} | {percent(gains, '+')} | "
             f"{percent(area_gains, '+')} | {tokens_to_reach(pairs)} | {effective_ratio(pairs)} | "
-            f"{np.median(sums(mine, [1], column('minutes'))):.1f} | {command} |")
+            f"{np.median(sums(mine, [1], column('minutes'))):.1f} |")
     return "\n".join(lines)
 
 
@@ -201,38 +176,56 @@ def groups_table(done):
              "| --- |" + " --- |" * len(names)]
     for arm in dict.fromkeys(arm for arm, _ in done):
         groups = shared(done, arm)
-        cells = [f"{100 * np.mean(sums(groups, [1], column(name))):.1f}" for name in names]
+        cells = [f"{100 * np.mean([end(rows, name) for rows, in groups]):.1f}" for name in names]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def differences(done):
-    """The differences that are reported, in points: paired over the seeds that all arms of a
-    line share."""
-    lines = ["| in points | seeds | at the end | area |", "| --- | --- | --- | --- |"]
-    for line in CONTRASTS.split("\n"):
+def differences(done, contrasts):
+    """Differences in points, paired over the seeds that all arms of a line share. A line of
+    `contrasts` says: seeds at most | column | weights and arms | words. Arms NAME@* stand for all
+    settings: then it is the mean of their means, and seeds are those of all together."""
+    lines = ["| in points | seeds | at the end | p | area |", "| --- | --- | --- | --- | --- |"]
+    settings = sorted({arm.partition("@")[2] for arm, _ in done})
+    for line in contrasts.strip().split("\n"):
         most, name, formula, words = line.split(" | ")
-        weights = list(map(float, formula.split()[::2]))
-        groups = shared(done, *formula.split()[1::2])[:int(most)]
-        ends = sums(groups, weights, column(name))
-        areas = sums(groups, weights, area) if name == "eval_em" else []
-        lines.append(f"| {words} | {len(groups)} | {percent(ends, '+')} | {percent(areas, '+')} |")
+        weights, arms = list(map(float, formula.split()[::2])), formula.split()[1::2]
+        groups = []
+        for setting in settings if "@*" in formula else [""]:
+            own = [arm.replace("@*", f"@{setting}").removesuffix("@") for arm in arms]
+            groups.append(shared(done, *own)[:int(most)])
+        ends = [sums(group, weights, lambda rows: end(rows, name)) for group in groups]
+        areas = [sums(group, weights, area) for group in groups] if name == "eval_em" else [[]]
+        num, p = sum(map(len, ends)), "–"
+        if name == "eval_em" and min(map(len, ends)) > 1:
+            p = f"{sign_flip(ends):.3f}"
+        lines.append(f"| {words} | {num} | {points(ends)} | {p} | {points(areas)} |")
     return "\n".join(lines)
 
 
-def report(preset, runs, done):
+def points(groups):
+    """Mean and half of its interval, of one group or of several together; – where there are none."""
+    if len(groups) == 1:
+        return percent(groups[0], "+")
+    if min(map(len, groups)) < 2:
+        return "–"
+    mean, half = summary(groups)
+    return f"{100 * mean:+.1f} ± {100 * half:.1f}"
+
+
+def report(done, planned=()):
     """Both tables and what they are of."""
     if not done:
-        return table(preset, runs, done)
+        return table(done, planned)
     ends = [rows[-1] for rows in done.values()]
     num = sorted({f"{row['num_questions']:,}" for row in ends})
     hardware = sorted({row["hardware"] for row in ends})
-    tokens = runs[0].config.steps * runs[0].config.budget
+    tokens = np.median([row["sampled_tokens"] for row in ends])
     return f"""\
-{tokens:,} sampled tokens per run; exact match in %, greedy, on {' or '.join(num)} held-out\
- questions; ± is a 95 % t interval over seeds; minutes of training per run (median);\
+{round(tokens, -4):,.0f} sampled tokens per run; exact match in %, greedy, on {' or '.join(num)}\
+ held-out questions; ± is a 95 % t interval over seeds; minutes of training per run (median);\
  {' and '.join(hardware)}
 
-{table(preset, runs, done)}
+{table(done, planned)}
 
 {groups_table(done)}"""
