@@ -5,7 +5,9 @@ predictors learn from the same trees. At a pause they are asked about held-out q
 of the anchors are roots (fewer where fewer questions are held out), the others are prefixes of
 new bare rollouts. Fresh continuations of every anchor tell what is true. They come in two
 halves: one half is the truth, and the other half is scored as the predictor "truth". Nothing
-can be scored better than that, but for noise.
+can be scored better than that, but for noise. But a question does not tell which facts are hidden,
+so the truth is out of reach. The predictor "ceiling" says what can be known: the probe, taught by
+rollouts of the policy as it is, from ten times as many prompts as the run has seen.
 
 brier   mean squared error over leaves, 0 to 1, lower is better (predictor.py)
 auroc   chance that a success is predicted above a failure, 0.5 is a guess (predictor.py)
@@ -32,19 +34,21 @@ from engine.runs import check_inputs, inputs_of, load_checkpoint
 from lab.baselines import BASELINES
 from lab.tables import write_rows
 from policy import load_policy
-from predictor import PREDICTORS, auroc, brier, features, monte_carlo_value, score_and_update
+from predictor import (PREDICTORS, ProbePredictor, auroc, brier, features, monte_carlo_value,
+                       score_and_update)
 from rollout import grow, prefill
 from trace_mini import State, read_config, train_step
-from tree import Prefix, prefixes
+from tree import Prefix, backup, prefixes
 from world.questions import load_data
 
-HALF = 32      # continuations of an anchor that are the truth, and as many for "truth"
+HALF = 16      # continuations of an anchor that are the truth, and as many for "truth"
 BATCH = 8      # anchors whose continuations are sampled between two moves of the bar
 BARE = 3       # bare rollouts per prompt whose prefixes are scored, near what stage 1 deals
 PER_ROOT = 2   # rollouts per candidate prompt in J, near what the default budget buys
 PER_BARE = 2   # continuations per bare rollout in J, the default
 SHUFFLES = 8   # J is a mean over random orders of the anchors: a constant has only ties
 FEWEST = 5     # anchors of a bin that is drawn: the mean truth of fewer is noise
+MORE_LABELS = 10  # times as many prompts teach the ceiling
 MAKERS = PREDICTORS | BASELINES
 
 
@@ -73,6 +77,20 @@ def draw_sample(policy, env, questions, num, predictors):
                          outcome, *chances))
     return np.rec.fromrecords(rows, names=[
         "kind", "hops", "depth", "pool", "outcome", "true", "truth", *predictors])
+
+
+def ceiling(policy, data, num):
+    """The probe, taught by the bare rollouts of `num` prompts."""
+    teacher, trees = ProbePredictor(memory=10 ** 6), []
+    questions = data.train[:num]
+    for i in tqdm(range(0, len(questions), 100), "ceiling", leave=False):
+        roots = [policy.root(question, data.env) for question in questions[i:i + 100]]
+        grow(policy, data.env, roots, [BARE] * len(roots), ["ceiling", i])
+        for root in roots:
+            backup(root)
+        trees += roots
+    score_and_update(teacher, trees)
+    return teacher
 
 
 def objective(rows, name):
@@ -120,7 +138,7 @@ def draw(rows, x, panels, file):
     all rows whose group begins like this."""
     figure = Picture(figsize=(8, 8), layout="constrained")
     for axes, (y, group) in zip(figure.subplots(2, 2).flat, panels):
-        for name, style, colour in zip(["truth", *MAKERS], STYLES, COLOURS):
+        for name, style, colour in zip(["truth", "ceiling", *MAKERS], STYLES, COLOURS):
             line = sorted((row[x], row[y]) for row in rows
                           if row["predictor"] == name and row["group"].startswith(group))
             if line:
@@ -165,8 +183,10 @@ def measure(run, anchors, points, out):
             if predictor is not serving:
                 score_and_update(predictor, trees)
         if step * points % config.steps < points:  # so often, and at the last step
-            sample = draw_sample(policy, data.eval_env, data.eval, anchors, predictors)
-            for name in ["truth", *predictors]:
+            best = ceiling(policy, data, MORE_LABELS * len(state.prompts.counts))
+            asked = predictors | {"ceiling": best}
+            sample = draw_sample(policy, data.eval_env, data.eval, anchors, asked)
+            for name in ["truth", *asked]:
                 table += scores(sample, name, step)
             write_rows(f"{out}/predictor.csv", table)
             draw_all(table, out)

@@ -1,0 +1,140 @@
+"""Is allocation worth it on my model and data? python -m lab.headroom --model M --data FILE
+
+Takes all flags of trace_mini.py; with --resume DIR it asks the policy of that run. It rolls out
+some questions many times. Of the rollouts of a prompt, one half tells how the exact optimum would
+deal, and the other half what that is worth: so chance alone gains nothing. The truth, known
+better, gains at least as much.
+
+headroom of stage 1  expected mixed groups of the exact optimum over those of equal groups on random
+                     prompts, at the same number of bare rollouts. 1: no predictor can help
+headroom of stage 2  expected flips of the exact optimum over those of random prefixes, likewise
+"""
+import sys
+import time
+from math import comb
+
+import numpy as np
+from tqdm import tqdm
+
+from allocator import allocate_roots, expand_prefixes
+from engine.command_line import Parser, run_main
+from engine.errors import UsageError
+from engine.runs import load_checkpoint
+from policy import load_policy
+from predictor import monte_carlo_value
+from rollout import grow
+from trace_mini import parse_config
+from tree import prefixes, sampled_tokens
+from world.questions import Prompts, load_data
+
+GROUP = 8           # bare rollouts of a prompt where groups are equal
+PER_PROMPT = 2, 4, 8  # bare rollouts per candidate that are dealt: few mean a large pool
+BARE = 3            # bare rollouts per prompt whose prefixes are measured, near what stage 1 deals
+PER_BARE = 2        # continuations per bare rollout, the default
+BATCH = 16          # anchors that are measured between two moves of the bar
+MOST_TREES = 40     # prompts whose prefixes are measured
+
+
+def alike(wins, num, k):
+    """Chance that k of `num` outcomes, drawn without putting back, are all among the `wins`: of p^k
+    an estimate without bias. int arrays [n] -> [n]"""
+    return np.array([comb(w, draw) / comb(num, draw) for w, draw in zip(wins, k)])
+
+
+def mixed(wins, num, m):
+    """Estimate of mixed_prob, likewise."""
+    return np.where(m > 1, 1 - alike(wins, num, m) - alike(num - wins, num, m), 0.0)
+
+
+def headroom_of_roots(wins, num, per_prompt):
+    """wins [2, n] of `num` rollouts each -> expected mixed groups of the optimum by one half, told
+    by the other, over those of equal groups, at per_prompt * n rollouts."""
+    found = 0.0
+    for known, told in (wins, wins[::-1]):
+        found += mixed(told, num, allocate_roots(known / num, per_prompt * len(known))).sum() / 2
+    equal = np.mean(mixed(wins.ravel(), num, np.full(wins.size, GROUP)))
+    return found / (equal * per_prompt * wins.shape[1] / GROUP)
+
+
+def headroom_of_prefixes(trees, num):
+    """trees: (wins [2, prefixes], outcomes [prefixes]) of each prompt -> expected flips of the
+    optimum by one half, told by the other, over those of random prefixes."""
+    found, random = 0.0, 0.0
+    for wins, outcomes in trees:
+        for known, told in (wins, wins[::-1]):
+            repeats = np.where(outcomes == 1, told, num - told)
+            k = expand_prefixes(known / num, outcomes, PER_BARE * BARE)
+            found += (1 - alike(repeats, num, k))[k > 0].sum()
+            random += expected_random(repeats / num)
+    return found / random
+
+
+def expected_random(repeat):
+    """Expected flips of PER_BARE * BARE continuations, each at a random one of these prefixes: the
+    number at a prefix is binomial, so E[q^k] = (1 - (1 - q) / n)^budget."""
+    n = len(repeat)
+    return np.sum(1 - (1 - (1 - repeat) / n) ** (PER_BARE * BARE))
+
+
+def measure(config, num_questions, num_rollouts):
+    """-> text"""
+    data, policy = load_data(config), load_policy(config)
+    data = data.that_fit(policy)
+    if config.resume:
+        policy.load_state_dict(load_checkpoint(config.resume)["policy"])
+    began, half = time.time(), num_rollouts // 2
+    questions = Prompts(data.train, config.seed).draw(num_questions)
+    roots = [policy.root(question, data.env) for question in questions]
+
+    def count(anchors, what):
+        """Successes [2, n] of `half` fresh rollouts each, twice."""
+        wins = []
+        for i in tqdm(range(0, len(anchors), BATCH), what, leave=False):
+            some = anchors[i:i + BATCH] * 2
+            values = monte_carlo_value(policy, data.env, some, half, (config.seed, what, i))
+            wins.append(np.rint(values * half).astype(int).reshape(2, -1))
+        return np.concatenate(wins, 1)
+
+    wins = count(roots, "questions")
+    total = wins.sum(0)
+    grow(policy, data.env, roots[:MOST_TREES], [BARE] * len(roots[:MOST_TREES]), (config.seed, 0))
+    trees, num_prefixes, num_tokens = [], 0, sum(map(sampled_tokens, roots))
+    for root in tqdm(roots[:MOST_TREES], "prefixes", leave=False):
+        found = prefixes(root)
+        if found:
+            outcomes = np.array([prefix.outcome for prefix in found], int)
+            trees.append((count([prefix.node for prefix in found], root.state.question.id),
+                          outcomes))
+            num_prefixes += len(found)
+    lines = [f"{len(roots)} questions, {2 * half} rollouts each; {num_prefixes} prefixes of "
+             f"{len(trees)} of them, likewise",
+             f"dead (never solved): {100 * np.mean(total == 0):.0f} %, mastered (always): "
+             f"{100 * np.mean(total == 2 * half):.0f} %, mean reward {total.mean() / 2 / half:.2f}",
+             "Effective Ratio of groups of eight: "
+             f"{mixed(total, 2 * half, np.full(len(total), GROUP)).mean():.2f}"]
+    for per_prompt in PER_PROMPT:
+        lines.append(f"headroom of stage 1, {per_prompt} bare rollouts per candidate: "
+                     f"{headroom_of_roots(wins, half, per_prompt):.2f}")
+    lines += [f"headroom of stage 2, {PER_BARE} continuations per bare rollout: "
+              f"{headroom_of_prefixes(trees, half):.2f}",
+              f"measured in {(time.time() - began) / 60:.1f} minutes, by "
+              f"{2 * half * (len(roots) + num_prefixes):,} episodes"]
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    """-> exit code, as trace_mini.main."""
+    parser = Parser(__doc__, prog="lab.headroom", epilog="and all flags of trace_mini.py")
+    parser.add_argument("--questions", type=int, default=100, help="[%(default)s]")
+    parser.add_argument("--rollouts", type=int, default=64, help="of each, in two halves [64]")
+    args, others = parser.parse_known_args(arguments)
+
+    def work():
+        if args.questions < 2 or args.rollouts < 2 * GROUP * 2:
+            raise UsageError(f"--questions must be at least 2, --rollouts {4 * GROUP}")
+        print(measure(parse_config(others), args.questions, args.rollouts))
+    return run_main("lab.headroom", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
