@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from allocator import CONCENTRATION
+from engine.logistic import RidgeLogistic
 from rollout import grow
 from tree import TARGETS, Node, backup, path, path_ids
 
 TINY_WIDTH = 128  # of the policy in the box, on which the learning rate was tried
-FIT_STEPS = 30    # of L-BFGS, per step of the run
 CLIP = 0.02  # probabilities stay in [CLIP, 1 − CLIP]: nothing is ever given up for good
 
 
@@ -85,7 +84,6 @@ class HeadPredictor(Predictor):
     """LayerNorm and one linear layer on all features; MSE as in the paper. It learns from
     the last `memory` anchors together: one step shows it few prompts. (A hidden layer learnt no
     more, and later; without the prompt's own hidden state prefixes were predicted worse.)"""
-    num_outputs = 1
 
     def __init__(self, policy, env=None, seed=0, learning_rate=1e-2, passes=16, memory=10000):
         self.network = self.make_network(policy)
@@ -98,8 +96,7 @@ class HeadPredictor(Predictor):
 
     def make_network(self, policy):
         width = 2 * policy.body.config.hidden_size + 3
-        return torch.nn.Sequential(torch.nn.LayerNorm(width),
-                                   torch.nn.Linear(width, self.num_outputs))
+        return torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, 1))
 
     def inputs(self, features):
         return torch.tensor(np.concatenate([features.hidden, features.plain], 1))
@@ -144,74 +141,53 @@ class HeadPredictor(Predictor):
         self.lessons = state["lessons"]
 
 
+class FreshPredictor(HeadPredictor):
+    """The head, taught by tree.fresh_targets."""
+    targets = "fresh"
+
+
 class ProbePredictor(Predictor):
-    """Beyond the paper: a logistic regression with an L2 penalty on all features, standardised,
-    those of a middle layer among them. After every step it is fitted anew, to its end, to the last
-    `memory` anchors together. Of several penalties the one serves whose past predictions were
-    best: each scored on what it had not seen yet."""
-    state = ("weights", "mean", "spread", "lessons", "losses")
-    # on squared weights; where two are level, as in the beginning, the first one serves
-    penalties = torch.tensor([10000.0, 3000.0, 1000.0, 300.0])[:, None]
+    """Beyond the paper: a logistic regression with an L2 penalty on all features, those of a middle
+    layer among them. After every step it is fitted anew, to its end, to the last `memory` anchors
+    together. Of several penalties the one serves whose past predictions were best: each is scored
+    on what it had not seen yet. Where two are level, as at the start, the first one serves."""
+    penalties = 10000.0, 3000.0, 1000.0, 300.0
 
     def __init__(self, policy=None, env=None, seed=0, memory=10000):
-        self.memory, self.lessons, self.mean, self.spread = memory, None, 0.0, 1.0
-        self.weights = None  # [penalties, features + 1], the last column is the offset
+        self.model, self.memory, self.lessons = RidgeLogistic(self.penalties), memory, None
         self.losses = torch.zeros(len(self.penalties))  # cross entropy so far, summed over leaves
 
     def inputs(self, features):
         return torch.tensor(np.concatenate(
             [features.middle, features.hidden, features.plain, features.typed], 1))
 
-    def outputs(self, inputs):
-        """[n, features] -> logits [n, penalties]"""
-        if self.weights is None:
-            return torch.zeros(len(inputs), len(self.penalties))
-        standard = (inputs - self.mean) / self.spread
-        return standard @ self.weights[:, :-1].T + self.weights[:, -1]
-
     def predict(self, features):
-        outputs = self.outputs(self.inputs(features))[:, self.losses.argmin()]
-        return np.clip(torch.sigmoid(outputs).double().numpy(), CLIP, 1 - CLIP)
+        logits = self.model.logits(self.inputs(features))[:, self.losses.argmin()]
+        return np.clip(torch.sigmoid(logits).double().numpy(), CLIP, 1 - CLIP)
 
     def update(self, features, targets, weights):
         """-> mean cross entropy of what is new, before it is learnt; NaN, and nothing is learnt,
         where that is not finite."""
         new = [self.inputs(features), torch.tensor(targets).float(), torch.tensor(weights).float()]
-        losses = self.losses_of(self.outputs(new[0]), *new[1:])
-        before = (losses[self.losses.argmin()] / new[2].sum()).item()
-        if not np.isfinite(before):
+        losses = self.model.losses(self.model.logits(new[0]), *new[1:])
+        if not (losses.isfinite().all() and new[0].isfinite().all()):
             return np.nan
+        before = losses[self.losses.argmin()] / new[2].sum()
         self.losses = self.losses + losses
         if self.lessons is not None:
             new = [torch.cat(pair)[-self.memory:] for pair in zip(self.lessons, new)]
         self.lessons = new
-        self.fit(*new)
-        return before
+        self.model.fit(*new)
+        return before.item()
 
-    def losses_of(self, outputs, targets, weights):
-        """Cross entropy of each penalty's logits, summed over leaves."""
-        targets = targets[:, None].expand_as(outputs)
-        losses = binary_cross_entropy_with_logits(outputs, targets, reduction="none")
-        return weights @ losses
+    def state_dict(self):
+        model = self.model
+        return {"model": [model.weights, model.mean, model.spread], "lessons": self.lessons,
+                "losses": self.losses}
 
-    def fit(self, inputs, targets, weights):
-        """All penalties at once: their losses share no weight. It begins where it ended last."""
-        self.mean, self.spread = inputs.mean(0), inputs.std(0, correction=0) + 1e-6
-        if self.weights is None:
-            self.weights = torch.zeros(len(self.penalties), inputs.shape[1] + 1)
-        parameters = self.weights.requires_grad_()
-        optimizer = torch.optim.LBFGS([parameters], max_iter=FIT_STEPS,
-                                      line_search_fn="strong_wolfe")
-        standard = torch.nn.functional.pad((inputs - self.mean) / self.spread, (0, 1), value=1.0)
-
-        def loss():
-            optimizer.zero_grad()
-            losses = self.losses_of(standard @ parameters.T, targets, weights).sum()
-            total = losses + (self.penalties * parameters[:, :-1] ** 2).sum() / 2
-            total.backward()
-            return total
-        optimizer.step(loss)
-        self.weights = parameters.detach()
+    def load_state_dict(self, saved):
+        self.model.weights, self.model.mean, self.model.spread = saved["model"]
+        self.lessons, self.losses = saved["lessons"], saved["losses"]
 
 
 class MergedPredictor(ProbePredictor):
@@ -219,59 +195,35 @@ class MergedPredictor(ProbePredictor):
     targets = "merged"
 
 
-class LaplacePredictor(ProbePredictor):
-    """The probe, which also tells how sure it is: its weights are taken as normally distributed
-    around the fit, with the curvature of the loss there (Laplace)."""
+class BetaPredictor(ProbePredictor):
+    """The probe, which also says how sure it is: how far the outcomes of what it had not seen yet
+    lay from its predictions, beyond chance, told by one number, the pseudo-counts of a Beta
+    distribution. Lately counts more than long ago."""
+
+    def __init__(self, policy=None, env=None, seed=0):
+        super().__init__()
+        self.beyond, self.chance = 1.0, 3.0  # to begin with: two pseudo-counts
 
     def concentration(self, features):
-        if self.weights is None:
-            return np.full(len(features.anchors), 2.0)
-        inputs, _, weights = self.lessons
-        best = self.losses.argmin()
-        standard = torch.nn.functional.pad((inputs - self.mean) / self.spread, (0, 1), value=1.0)
-        p = torch.sigmoid(standard @ self.weights[best])
-        curvature = standard.T @ (standard * (weights * p * (1 - p))[:, None])
-        penalty = self.penalties[best].expand(len(curvature)).clone()
-        penalty[-1] = 1.0
-        asked = torch.nn.functional.pad((self.inputs(features) - self.mean) / self.spread, (0, 1),
-                                        value=1.0)
-        solved = torch.linalg.solve(curvature + torch.diag(penalty), asked.T)
-        variance = (asked * solved.T).sum(1)
-        p = torch.sigmoid(asked @ self.weights[best])
-        return (1 / (p * (1 - p) * variance) - 1).clamp(0.2, 1000).double().numpy()
+        share = np.clip(self.beyond / self.chance, 0.01, 0.8)  # = 1 / (pseudo-counts + 1)
+        return np.full(len(features.anchors), 1 / share - 1)
 
+    def update(self, features, targets, weights):
+        v, several = self.predict(features), weights > 1
+        loss = super().update(features, targets, weights)
+        if np.isfinite(loss):
+            n, chance = weights, v * (1 - v)
+            beyond = n * ((targets - v) ** 2 - chance / n)
+            self.beyond = 0.9 * self.beyond + beyond[several].sum()
+            self.chance = 0.9 * self.chance + (n * chance * (1 - 1 / n))[several].sum()
+        return loss
 
-class FreshPredictor(HeadPredictor):
-    """The head, taught by tree.fresh_targets."""
-    targets = "fresh"
+    def state_dict(self):
+        return super().state_dict() | {"beyond": self.beyond, "chance": self.chance}
 
-
-class BetaPredictor(HeadPredictor):
-    """Beyond the paper: it also tells how sure it is. Its output is a Beta distribution of the
-    success probability, fitted to counts of successes (beta-binomial likelihood), so that "I do
-    not know" differs from "a coin's toss". Rules named posterior use it."""
-    num_outputs = 2
-
-    def concentration(self, features):
-        with torch.no_grad():
-            outputs = self.network(self.inputs(features))
-        return self.pseudo_counts(outputs).double().numpy()
-
-    def pseudo_counts(self, outputs):
-        return 0.2 + torch.nn.functional.softplus(outputs[:, 1] + 2)  # 2.3 to begin with
-
-    def loss(self, inputs, targets, weights):
-        """Minus the mean log-likelihood of a leaf."""
-        outputs = self.network(inputs)
-        total, probability = self.pseudo_counts(outputs), torch.sigmoid(outputs[:, 0])
-        wins = weights * targets
-        a = total * probability + 1e-4
-        b = total * (1 - probability) + 1e-4
-        return (log_beta(a, b) - log_beta(a + wins, b + weights - wins)).sum() / weights.sum()
-
-
-def log_beta(a, b):
-    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+    def load_state_dict(self, saved):
+        super().load_state_dict(saved)
+        self.beyond, self.chance = saved["beyond"], saved["chance"]
 
 
 class OraclePredictor(Predictor):
@@ -288,10 +240,8 @@ class OraclePredictor(Predictor):
         return np.clip(values, CLIP, 1 - CLIP)
 
 
-PREDICTORS = {"head": HeadPredictor, "fresh": FreshPredictor, "beta": BetaPredictor,
-              "probe": ProbePredictor, "laplace": LaplacePredictor,
-              "merged": MergedPredictor,
-              "oracle": OraclePredictor}
+PREDICTORS = {"head": HeadPredictor, "fresh": FreshPredictor, "probe": ProbePredictor,
+              "merged": MergedPredictor, "beta": BetaPredictor, "oracle": OraclePredictor}
 
 
 def monte_carlo_value(policy, env, anchors, num, key):

@@ -1,16 +1,14 @@
 """trace-mini: TRACE (arXiv 2606.11119) in a handful of files. Run me: python trace_mini.py
 
 TRACE decides where in a forest of agent rollouts the next sample is worth most. `train_step`
-below is its loop body, numbered like the method. What is simplified, or chosen where the paper
-is silent:
+below is its loop body, numbered like the method. Simplified, or chosen where the paper is silent:
 
  1. One process, on one GPU or two CPU cores; sampling and update take turns.
  2. The predictor is a linear layer on the policy's own hidden states (paper: not public).
  3. A turn's advantage is (V̂(turn) − V̂(root)) / std. A turn that rollouts share is trained once.
- 4. One update per batch, on-policy: there is no ratio to clip, and no KL term.
+ 4. One update per batch, on-policy: no ratio to clip, no KL term. The learning rate decays.
  5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).
- 6. Both stages are solved exactly. A prompt gets no bare rollout or at least two.
- 7. A toy Wikipedia and a policy of 1.2 M parameters stand in for real questions and models.
+ 6. A toy Wikipedia and a policy of 1.2 M parameters stand in for real questions and models.
 
 Examples:
   python trace_mini.py --method grpo --seed 1
@@ -195,8 +193,8 @@ def train_step(config, state, policy, predictor, data):
     lap("predict")
 
     # 8. The policy: tree credit, and one update.
-    credits = [advantages(root, config.advantage) for root in roots]
-    updated = policy.update(credits, policy.learning_rate * state.schedule.rate(config.steps))
+    rate = policy.learning_rate * state.schedule.rate(config.steps)
+    updated = policy.update([advantages(root, config.advantage) for root in roots], rate)
     lap("update")
 
     finite = not (updated["update_skipped"] or scores["predictor_skipped"])

@@ -273,8 +273,8 @@ def fork(root):
     return credit
 
 
-ADVANTAGES = {"grpo": grpo, "merged": merged, "fork": fork, "tree_grpo": tree_grpo, "treepo": treepo, "node_value": node_value,
-              "root_value": root_value}
+ADVANTAGES = {"grpo": grpo, "merged": merged, "fork": fork, "tree_grpo": tree_grpo,
+              "treepo": treepo, "node_value": node_value, "root_value": root_value}
 
 
 def advantages(root, rule):

@@ -86,8 +86,8 @@ forms       floor64         4  --method trace --pool-size 64 --predictor probe -
 forms       floor64@hard    4  --method trace --pool-size 64 --predictor probe --root-rule floor
 forms       floor96         4  --method trace --pool-size 96 --predictor probe --root-rule floor
 forms       floor96@hard    4  --method trace --pool-size 96 --predictor probe --root-rule floor
-forms       posterior       4  --method trace --pool-size 96 --predictor laplace --root-rule posterior --prefix-rule posterior
-forms       posterior@hard  4  --method trace --pool-size 96 --predictor laplace --root-rule posterior --prefix-rule posterior
+forms       posterior       4  --method trace --pool-size 96 --predictor beta --root-rule posterior --prefix-rule posterior
+forms       posterior@hard  4  --method trace --pool-size 96 --predictor beta --root-rule posterior --prefix-rule posterior
 forms       merged          4  --method trace --pool-size 96 --predictor merged --advantage merged
 forms       merged@hard     4  --method trace --pool-size 96 --predictor merged --advantage merged
 forms       across          4  --method trace --pool-size 96 --predictor probe --prefix-rule across
@@ -186,8 +186,8 @@ def run_one(lock, run):
 
 def collect(run, jobs):
     """Rows of a finished run, one per evaluation. Effective Ratio (also of eight leaves),
-    leaves per prompt and coverage are means over the steps since the row before. Leaves, loss tokens and minutes (of training,
-    not of evaluation) are counted from the start."""
+    leaves per prompt and coverage are means over the steps since the row before. Leaves, loss tokens
+    and minutes (of training, not of evaluation) are counted from the start."""
     steps = read_lines(run.folder / "metrics.jsonl")
     evals = read_lines(run.folder / "evals.jsonl")
     if run.where:

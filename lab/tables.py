@@ -70,7 +70,8 @@ def finished(runs, rows):
 def curve(rows):
     """-> [2, n]: sampled tokens, and exact match. In protocol 1 that is of the questions which
     every evaluation asked."""
-    return np.array([(row["sampled_tokens"], row.get("em_first", row["eval_em"])) for row in rows]).T
+    points = [(row["sampled_tokens"], row.get("em_first", row["eval_em"])) for row in rows]
+    return np.array(points).T
 
 
 def area(rows):
@@ -204,7 +205,7 @@ def differences(done, contrasts):
 
 
 def points(groups):
-    """Mean and half of its interval, of one group or of several together; – where there are none."""
+    """Mean and half of its interval, of one group or of several together; – for none."""
     if len(groups) == 1:
         return percent(groups[0], "+")
     if min(map(len, groups)) < 2:

@@ -4,22 +4,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from allocator import expected_mixed_prob
 from predictor import (
     CLIP,
     BetaPredictor,
     Features,
     HeadPredictor,
     OraclePredictor,
+    ProbePredictor,
     auroc,
     brier,
     features,
     predict,
     score_and_update,
+    what_happened,
 )
 from rollout import grow
 from tree import TARGETS, nodes
+from world.example import example_tree
 
 WIDTH = 8
 POLICY = SimpleNamespace(body=SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH)))
@@ -30,14 +33,16 @@ def batch(seed):
     hidden state."""
     rng = np.random.default_rng(seed)
     hidden = rng.normal(size=(200, 2 * WIDTH)).astype(np.float32)
-    plain = rng.random((200, 3)).astype(np.float32)
+    middle = rng.normal(size=(200, 2 * WIDTH)).astype(np.float32)
+    plain, typed = (rng.random((200, num)).astype(np.float32) for num in (3, 5))
     wins = rng.binomial(4, 1 / (1 + np.exp(-2 * hidden[:, 0])))
-    return Features(hidden, plain, (None,) * 200), wins / 4, np.full(200, 4.0)
+    return Features(hidden, middle, plain, typed, (None,) * 200), wins / 4, np.full(200, 4.0)
 
 
 # ---------------------------------------------------------------- learning
-def test_the_head_learns_and_stays_a_probability():
-    predictor, (inputs, targets, weights) = HeadPredictor(POLICY), batch(0)
+@pytest.mark.parametrize("make", [HeadPredictor, ProbePredictor])
+def test_it_learns_and_stays_a_probability(make):
+    predictor, (inputs, targets, weights) = make(POLICY), batch(0)
     assert (predictor.predict(inputs) == 0.5).all()
     for seed in range(1, 30):
         predictor.update(*batch(seed))
@@ -47,21 +52,55 @@ def test_the_head_learns_and_stays_a_probability():
     assert brier(predicted, targets, weights) < 0.25 - 0.02  # of always saying one half
 
 
-@pytest.mark.long
-def test_beta_tells_unknown_from_even_odds():
-    """Half of the anchors are a coin's toss, the others always right or always wrong, nobody can
-    say which: the same mean, but groups of four on the others are never mixed."""
-    rng, predictor = np.random.default_rng(0), BetaPredictor(POLICY)
-    inputs, _, weights = batch(0)
-    tossed = inputs.hidden[:, 0] > 0
-    for _ in range(60):
-        targets = np.where(tossed, rng.binomial(4, 0.5, 200) / 4, rng.integers(0, 2, 200))
+def test_the_probe_is_a_ridge_regression_on_what_it_remembers():
+    """At its end the gradient is zero: that of the cross entropy, worked here, and of the penalty.
+    The penalty that serves is the one whose predictions were best before they were learnt."""
+    predictor, losses = ProbePredictor(memory=300), np.zeros(4)
+    for seed in range(3):
+        inputs, targets, weights = batch(seed)
+        v = torch.sigmoid(predictor.model.logits(predictor.inputs(inputs))).double().numpy()
+        y, w = targets[:, None], weights[:, None]
+        losses -= (w * (y * np.log(v) + (1 - y) * np.log(1 - v))).sum(0)
         predictor.update(inputs, targets, weights)
-    v, sure = predictor.predict(inputs), predictor.concentration(inputs)
-    for half in (tossed, ~tossed):
-        assert abs(v[half].mean() - 0.5) < 0.1
-    mixed = expected_mixed_prob(sure * v, sure * (1 - v), 4)
-    assert mixed[tossed].mean() > 0.7 and mixed[~tossed].mean() < 0.25
+    assert predictor.losses.numpy() == pytest.approx(losses, rel=1e-4)
+    inputs, targets, weights = (lessons.double().numpy() for lessons in predictor.lessons)
+    assert len(inputs) == 300
+    standard = (inputs - inputs.mean(0)) / (inputs.std(0) + 1e-6)
+    for own, penalty in zip(predictor.model.weights.double().numpy(), predictor.penalties):
+        v = 1 / (1 + np.exp(-standard @ own[:-1] - own[-1]))
+        slope = standard.T @ (weights * (v - targets)) + penalty * own[:-1]
+        assert abs(slope).max() < 0.01 * abs(standard.T @ (weights * (0.5 - targets))).max()
+
+
+@pytest.mark.parametrize("pseudo_counts", [2.0, 20.0])
+def test_beta_tells_how_sure_it_may_be(pseudo_counts):
+    """Chances are spread around what the features tell, by a Beta distribution of so many counts."""
+    rng, predictor = np.random.default_rng(0), BetaPredictor()
+    for seed in range(30):
+        inputs, _, weights = batch(seed)
+        v = 1 / (1 + np.exp(-inputs.hidden[:, 0]))
+        true = rng.beta(pseudo_counts * v, pseudo_counts * (1 - v))
+        predictor.update(inputs, rng.binomial(4, true) / 4, weights)
+    assert predictor.concentration(inputs) == pytest.approx(pseudo_counts, rel=0.25)
+
+
+def test_a_probe_from_a_checkpoint_goes_on_alike():
+    predictor, again = ProbePredictor(), ProbePredictor()
+    predictor.update(*batch(0))
+    again.load_state_dict(predictor.state_dict())
+    for one in (predictor, again):
+        one.update(*batch(1))
+    inputs, *_ = batch(2)
+    assert np.array_equal(predictor.predict(inputs), again.predict(inputs))
+
+
+def test_what_does_not_compute_teaches_the_probe_nothing():
+    predictor, (inputs, targets, weights) = ProbePredictor(), batch(0)
+    predictor.update(inputs, targets, weights)
+    before = predictor.predict(inputs)
+    broken = inputs._replace(middle=np.full_like(inputs.middle, np.nan))
+    assert np.isnan(predictor.update(broken, targets, weights))
+    assert np.array_equal(predictor.predict(inputs), before)
 
 
 def test_a_gradient_that_is_not_finite_teaches_nothing():
@@ -120,8 +159,20 @@ def test_nothing_privileged_among_the_features(policy, data):
         grow(policy, data.env, roots, [2] * 4)
         anchors = [node for root in roots for node in nodes(root) if node.hidden is not None]
         seen.append(features(anchors))
-    assert np.array_equal(seen[0].hidden, seen[1].hidden)
-    assert np.array_equal(seen[0].plain, seen[1].plain)
+    for ours, others in zip(seen[0][:-1], seen[1]):
+        assert np.array_equal(ours, others)
+
+
+def test_what_happened_in_a_turn():
+    """Of the worked example: a Search that opens a page, a Lookup with a hit, the same page
+    again."""
+    worked = example_tree()
+    assert what_happened(worked) == [0, 0, 0, 0, 0]
+    found = {}
+    for node in nodes(worked)[1:]:
+        found[node.sample, node.depth] = [*map(int, what_happened(node))]
+    assert found[0, 1] == [0, 0, 1, 0, 1] and found[0, 2] == [0, 0, 1, 0, 2]
+    assert found[5, 2] == [1, 1, 0, 0, 1]  # Lookup[author]
 
 
 def test_the_oracle_plays_on_copies(policy, data, trees):

@@ -307,7 +307,7 @@ def make_questions(world, num, seed=0, split=None, hop_weights=HOP_WEIGHTS, kind
                 break
         else:
             raise UsageError(f"a wiki of {len(world.wiki)} articles does not hold {num} questions "
-                             f"of this sort (split {split}, hop weights {hop_weights}, kind {kind})")
+                             f"of this sort (split {split}, hops {hop_weights}, kind {kind})")
     return list(found.values())
 
 
