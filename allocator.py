@@ -12,7 +12,6 @@ and one line in ROOT_RULES or PREFIX_RULES.
 import heapq
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import numpy as np
 
@@ -255,7 +254,7 @@ ROOT_RULES = {  # name: (pool, budget, rng) -> m [n]
 PREFIX_RULES = {  # name: (prefixes of one prompt, budget, rng) -> k [n]
     "none": no_prefixes, "random": random_prefixes, "trace": trace_prefixes,
     "floor": partial(trace_prefixes, floor=FLOOR), "posterior": posterior_prefixes,
-    "cost_aware": cost_aware_prefixes, "across": trace_prefixes}
+    "cost_aware": cost_aware_prefixes}
 
 
 # ---------------------------------------------------------------- a step
@@ -272,8 +271,6 @@ def expand_trees(found, v, concentration, m, num_continuations, rule, rng):
     found[i]: prefixes of tree i (with .outcome and .tokens_left), m[i] its bare rollouts; v and
     concentration [n]. The num_continuations * sum(m) continuations are shared among the trees
     that have a prefix, in proportion to m; each spreads its share over its own prefixes."""
-    if rule == "across":  # the prefixes of all trees compete for all continuations
-        found, m = [list(chain(*found))], np.array([m.sum()])
     num_prefixes = np.array([len(own) for own in found])
     shares = deal_in_proportion(np.where(num_prefixes > 0, m, 0), num_continuations * m.sum())
     k, begin = [], 0

@@ -190,42 +190,6 @@ class ProbePredictor(Predictor):
         self.lessons, self.losses = saved["lessons"], saved["losses"]
 
 
-class MergedPredictor(ProbePredictor):
-    """The probe, taught by tree.merged_targets."""
-    targets = "merged"
-
-
-class BetaPredictor(ProbePredictor):
-    """The probe, which also says how sure it is: how far the outcomes of what it had not seen yet
-    lay from its predictions, beyond chance, told by one number, the pseudo-counts of a Beta
-    distribution. Lately counts more than long ago."""
-
-    def __init__(self, policy=None, env=None, seed=0):
-        super().__init__()
-        self.beyond, self.chance = 1.0, 3.0  # to begin with: two pseudo-counts
-
-    def concentration(self, features):
-        share = np.clip(self.beyond / self.chance, 0.01, 0.8)  # = 1 / (pseudo-counts + 1)
-        return np.full(len(features.anchors), 1 / share - 1)
-
-    def update(self, features, targets, weights):
-        v, several = self.predict(features), weights > 1
-        loss = super().update(features, targets, weights)
-        if np.isfinite(loss):
-            n, chance = weights, v * (1 - v)
-            beyond = n * ((targets - v) ** 2 - chance / n)
-            self.beyond = 0.9 * self.beyond + beyond[several].sum()
-            self.chance = 0.9 * self.chance + (n * chance * (1 - 1 / n))[several].sum()
-        return loss
-
-    def state_dict(self):
-        return super().state_dict() | {"beyond": self.beyond, "chance": self.chance}
-
-    def load_state_dict(self, saved):
-        super().load_state_dict(saved)
-        self.beyond, self.chance = saved["beyond"], saved["chance"]
-
-
 class OraclePredictor(Predictor):
     """A diagnostic: V by Monte Carlo, from `num` rollouts per anchor, which no budget pays."""
     state = ("calls",)
@@ -241,7 +205,7 @@ class OraclePredictor(Predictor):
 
 
 PREDICTORS = {"head": HeadPredictor, "fresh": FreshPredictor, "probe": ProbePredictor,
-              "merged": MergedPredictor, "beta": BetaPredictor, "oracle": OraclePredictor}
+              "oracle": OraclePredictor}
 
 
 def monte_carlo_value(policy, env, anchors, num, key):

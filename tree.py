@@ -169,29 +169,7 @@ def fresh_targets(root):
     return targets
 
 
-def merged_targets(root):
-    """all_targets with the means of `merged_values`."""
-    values = merged_values(root)
-    return {y: (values[y], y.num_leaves) for y in nodes(root)}
-
-
-TARGETS = {"all": all_targets, "fresh": fresh_targets, "merged": merged_targets}
-
-
-def merged_values(root):
-    """{node: mean reward of the leaves under all turns in the same state}: the same pages opened,
-    the same place in them, the same last search. A leaf keeps its own."""
-    groups, keys = {}, {}
-    for y in nodes(root):
-        keys[y] = y
-        if not y.is_leaf and y is not root:
-            state, pages = y.state, frozenset(above.state.page for above in path(y))
-            keys[y] = pages, state.page, state.keyword, state.lookup_index, state.last_missed
-        groups.setdefault(keys[y], {}).update(dict.fromkeys(leaves(y)))
-    means = {}
-    for key, group in groups.items():
-        means[key] = sum(leaf.reward for leaf in group) / len(group)
-    return {y: means[key] for y, key in keys.items()}
+TARGETS = {"all": all_targets, "fresh": fresh_targets}
 
 
 def has_contrast(root):
@@ -248,33 +226,8 @@ def root_value(root):
     return {y: y.value - root.value for y in nodes(root)[1:]}
 
 
-def merged(root):
-    """grpo, with the values of merged_values."""
-    std = (root.value * (1 - root.value)) ** 0.5
-    values = merged_values(root)
-    return {y: (values[y] - root.value) / (std + EPSILON) for y in nodes(root)[1:]}
-
-
-def fork(root):
-    """(R of the turn's own rollout − mean R of what started at the same anchor) / std under root,
-    for the turns that the rollout added. A continuation is compared with the bare rollout too."""
-    reward = {leaf.sample: leaf.reward for leaf in leaves(root)}
-    anchor, groups = {}, {}
-    for y in nodes(root)[1:]:
-        own = y.parent is not root and y.parent.sample == y.sample
-        anchor[y] = anchor[y.parent] if own else y.parent
-        group = groups.setdefault(anchor[y], set() if anchor[y] is root else {anchor[y].sample})
-        group.add(y.sample)
-    std = (root.value * (1 - root.value)) ** 0.5
-    credit = {}
-    for y, start in anchor.items():
-        mean = sum(reward[sample] for sample in groups[start]) / len(groups[start])
-        credit[y] = (reward[y.sample] - mean) / (std + EPSILON)
-    return credit
-
-
-ADVANTAGES = {"grpo": grpo, "merged": merged, "fork": fork, "tree_grpo": tree_grpo,
-              "treepo": treepo, "node_value": node_value, "root_value": root_value}
+ADVANTAGES = {"grpo": grpo, "tree_grpo": tree_grpo, "treepo": treepo, "node_value": node_value,
+              "root_value": root_value}
 
 
 def advantages(root, rule):

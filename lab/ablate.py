@@ -44,10 +44,8 @@ RUNS = HERE / "runs" / "ablate"
 SHORT = "--steps 12 --budget 6000 --eval-questions 0:100,33:100,67:100,100:200"
 LONG = ("--steps 40 --budget 8000 --eval-questions "
         "0:250,20:250,40:250,60:250,80:1000,90:1000,100:1000")
-SIZES = {"quick": SHORT, "forms": f"{LONG} --learning-rate 1.8e-3"}  # by preset
 FIRST_SEED = 100
 DEV = 1000  # --dev: seeds from here on, and this wiki, which are never reported
-DEV_PRESETS = {"tuning", "forms"}
 OTHER_WIKI = 2  # of the transfer
 MORE_HOPS = (0, 0, 0, 0, 0.5, 0.5)  # hop weights of the transfer: more than were trained
 SETTINGS = {"second": "--model tiny2 --wiki-seed 1",  # another wiki and warm start
@@ -73,27 +71,7 @@ tuning      trace-1.8e-3    4  --method trace --learning-rate 1.8e-3
 tuning      trace-2.7e-3    4  --method trace --learning-rate 2.7e-3
 tuning      pcl-1.2e-3      4  --method pcl --predictor probe --learning-rate 1.2e-3
 tuning      pcl-1.8e-3      4  --method pcl --predictor probe --learning-rate 1.8e-3
-tuning      pcl-2.7e-3      4  --method pcl --predictor probe --learning-rate 2.7e-3
-forms       grpo            4  --method grpo
-forms       grpo@hard       4  --method grpo
-forms       faithful        4  --method trace
-forms       faithful@hard   4  --method trace
-forms       probe           4  --method trace --pool-size 96 --predictor probe
-forms       probe@hard      4  --method trace --pool-size 96 --predictor probe
-forms       probe32         4  --method trace --predictor probe
-forms       probe32@hard    4  --method trace --predictor probe
-forms       floor64         4  --method trace --pool-size 64 --predictor probe --root-rule floor
-forms       floor64@hard    4  --method trace --pool-size 64 --predictor probe --root-rule floor
-forms       floor96         4  --method trace --pool-size 96 --predictor probe --root-rule floor
-forms       floor96@hard    4  --method trace --pool-size 96 --predictor probe --root-rule floor
-forms       posterior       4  --method trace --pool-size 96 --predictor beta --root-rule posterior --prefix-rule posterior
-forms       posterior@hard  4  --method trace --pool-size 96 --predictor beta --root-rule posterior --prefix-rule posterior
-forms       merged          4  --method trace --pool-size 96 --predictor merged --advantage merged
-forms       merged@hard     4  --method trace --pool-size 96 --predictor merged --advantage merged
-forms       across          4  --method trace --pool-size 96 --predictor probe --prefix-rule across
-forms       across@hard     4  --method trace --pool-size 96 --predictor probe --prefix-rule across
-forms       fork            4  --method trace --pool-size 96 --predictor probe --advantage fork
-forms       fork@hard       4  --method trace --pool-size 96 --predictor probe --advantage fork""".split("\n"):
+tuning      pcl-2.7e-3      4  --method pcl --predictor probe --learning-rate 2.7e-3""".split("\n"):
     preset, arm, num_seeds, flags = line.split(maxsplit=3)
     PRESETS.setdefault(preset, {})[arm] = int(num_seeds), flags
 
@@ -112,7 +90,7 @@ class Run(NamedTuple):
 def plan(preset, extra="", dev=False):
     """-> [Run], seed by seed, so that tables can be read before all is done. `extra` are flags
     for all arms."""
-    size = SIZES.get(preset, LONG)
+    size = SHORT if preset == "quick" else LONG
     first = FIRST_SEED
     if dev:
         first = DEV
@@ -306,7 +284,7 @@ def command(args):
     file = RESULTS / f"{args.preset}.csv"
     if args.dev or args.flags:
         file = RUNS / file.name
-    runs = plan(args.preset, args.flags, args.dev or args.preset in DEV_PRESETS)
+    runs = plan(args.preset, args.flags, args.dev or args.preset == "tuning")
     done, planned = gather(runs, file), [(run.arm, run.seed) for run in runs]
     if args.table:
         return print(report(done, planned))

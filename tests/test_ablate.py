@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from conftest import assert_refused, metrics
 from engine.command_line import dial
 from lab import ablate
 from lab.ablate import HOW, PRESETS, Run, gather, made_with, main, plan, run_all, score_transfer
+from lab.stats import interval, sign_flip, summary
 from lab.tables import (
     area,
     differences,
+    end,
     finished,
-    interval,
     read_rows,
     table,
     write_rows,
@@ -82,20 +84,20 @@ def test_interval_is_that_of_the_printed_tables(n, t):
 
 
 def test_area_is_the_mean_over_tokens():
-    rows = [{"sampled_tokens": x, "em_first": y} for x, y in ((0, 0.2), (5, 0.2), (20, 0.8))]
+    rows = [{"sampled_tokens": x, "eval_em": y} for x, y in ((0, 0.2), (5, 0.2), (20, 0.8))]
     assert area(rows) == pytest.approx((5 * 0.2 + 15 * 0.5) / 20)
     assert np.isnan(area(rows[:1]))
 
 
-def rows_of(run, end, leaves_per_prompt=8.0):
-    """Rows of a run that went from 0.2 to `end` exact match."""
+def rows_of(run, score, leaves_per_prompt=8.0):
+    """Rows of a run that went from 0.2 to `score` exact match."""
     row = {"arm": run.arm, "seed": run.seed, "step": 0, "sampled_tokens": 0, "eval_em": 0.2,
-           "em_first": 0.2, "num_questions": 200, "effective_ratio": 0.5, "minutes": 0,
+           "num_questions": 100, "effective_ratio": 0.5, "minutes": 0,
            "leaves_per_prompt": leaves_per_prompt, "hardware": "an abacus, 1e3",
            "made_with": run.made_with, "em 1 hops": 0.2}
     steps = run.config.steps
-    return [row, row | {"step": steps, "sampled_tokens": 1000, "eval_em": end, "em_first": end,
-                        "em 1 hops": end, "minutes": 2.0}]
+    return [row, row | {"step": steps, "sampled_tokens": 1000, "eval_em": score, "em 1 hops": score,
+                        "num_questions": 200, "minutes": 2.0}]
 
 
 ENDS = {"grpo": (0.30, 0.40, 0.50), "trace": (0.36, 0.42, 0.54), "pcl": (), "grpo@2": (0.8, 0.9),
@@ -107,8 +109,8 @@ RUNS = [Run(arm, seed, "", [], Config(), arm, Path()) for seed in range(3) for a
 def done():
     rows = []
     for run in RUNS:
-        for end in ENDS[run.arm][run.seed:run.seed + 1]:
-            rows += rows_of(run, end, 9.0 if run.arm == "trace" else 8.0)
+        for score in ENDS[run.arm][run.seed:run.seed + 1]:
+            rows += rows_of(run, score, 9.0 if run.arm == "trace" else 8.0)
     return finished(RUNS, rows)
 
 
@@ -117,29 +119,59 @@ def test_table_pairs_each_arm_with_the_first_one_of_its_world(done):
     area. Its mean curve climbs 24 points where GRPO's climbs 20. It has more leaves per prompt,
     so Effective Ratios are not compared. Over the shared seeds trace@2 is 5 points below grpo@2;
     unpaired, the means would differ by nothing."""
-    lines = table("main", RUNS, done).replace("python -m lab.ablate --preset main --arms ", "")
-    assert lines.split("\n")[2:] == [
-        "| grpo | 3 | 40.0 ± 24.8 | 30.0 ± 12.4 | – | – | 100 % | 0.50 | 2.0 | `grpo` |",
-        "| trace | 3 | 44.0 ± 22.8 | 32.0 ± 11.4 | +4.0 ± 5.0 | +2.0 ± 2.5 | 83 % | – | 2.0 "
-        "| `trace` |",
-        "| pcl | not run (0 of 3) | – | – | – | – | – | – | – | `pcl` |",
-        "| grpo@2 | 2 of 3 | 85.0 ± 63.5 | 52.5 ± 31.8 | – | – | 100 % | 0.50 | 2.0 | `grpo@2` |",
+    assert table(done, [(run.arm, run.seed) for run in RUNS]).split("\n")[2:] == [
+        "| grpo | 3 | 40.0 ± 24.8 | 30.0 ± 12.4 | – | – | 100 % | 0.50 | 2.0 |",
+        "| trace | 3 | 44.0 ± 22.8 | 32.0 ± 11.4 | +4.0 ± 5.0 | +2.0 ± 2.5 | 83 % | – | 2.0 |",
+        "| pcl | not run (0 of 3) | – | – | – | – | – | – | – |",
+        "| grpo@2 | 2 of 3 | 85.0 ± 63.5 | 52.5 ± 31.8 | – | – | 100 % | 0.50 | 2.0 |",
         "| trace@2 | 3 | 85.0 ± 21.5 | 52.5 ± 10.8 | -5.0 ± 63.5 | -2.5 ± 31.8 | never | 0.50 "
-        "| 2.0 | `trace@2` |"]
+        "| 2.0 |"]
+
+
+def test_the_end_is_the_mean_of_the_large_evaluations():
+    rows = [{"eval_em": y, "num_questions": n} for y, n in ((0.1, 250), (0.5, 1000), (0.7, 1000))]
+    assert end(rows) == pytest.approx(0.6)
 
 
 def test_differences_by_hand(done):
-    """Over the seeds that all arms of a line share: here two of the two by two."""
-    names = {"active+active": "trace", "active+random": "grpo", "uniform+active": "grpo@2",
-             "uniform+random": "trace@2"}
-    for arm, name in names.items():
-        done |= {(arm, seed): rows for (own, seed), rows in done.items() if own == name}
-    lines = differences(done).split("\n")
-    assert "| trace − grpo | 3 | +4.0 ± 5.0 | +2.0 ± 2.5 |" in lines
-    assert "| trace − grpo, questions of 1 hops | 3 | +4.0 ± 5.0 | – |" in lines
-    assert "| trace − treepo | 0 | – | – |" in lines
-    # (0.36 + 0.30 - 0.8 - 0.8) / 2 and (0.42 + 0.40 - 0.9 - 0.8) / 2; t = 12.706
-    assert "| 2 | -45.5 ± 19.1 |" in lines[-3] and "| 2 | -1.0 ± 88.9 |" in lines[-1]
+    """Over the seeds that all arms of a line share, at most as many as it says; and the mean over
+    settings, of differences (6, 2, 4) and (0, -10) points: (4 - 5) / 2. Of the 2^5 ways to choose
+    the signs, those whose |mean of means| is at least that."""
+    lines = differences(done, """\
+9 | eval_em | 1 trace -1 grpo | a
+2 | em 1 hops | 1 trace -1 grpo | b
+9 | eval_em | .5 trace .5 grpo -.5 grpo@2 -.5 trace@2 | c
+9 | eval_em | 1 trace@* -1 grpo@* | d
+9 | eval_em | 1 treepo -1 grpo | e""").split("\n")[2:]
+    assert lines[0] == "| a | 3 | +4.0 ± 5.0 | 0.250 | +2.0 ± 2.5 |"
+    assert lines[1] == "| b | 2 | +4.0 ± 25.4 | – | – |"
+    assert lines[2].startswith("| c | 2 | -45.5 ± 19.1 |")  # t = 12.706
+    sums = [sum(a) / 3 + sum(b) / 2 for a in product((6, -6), (2, -2), (4, -4))
+            for b in product((0, 0), (10, -10))]
+    p = np.mean(np.abs(sums) >= 1 - 1e-9)
+    assert lines[3].startswith("| d | 5 | -0.5 ±") and f"| {p:.3f} |" in lines[3]
+    assert lines[4] == "| e | 0 | – | – | – |"
+
+
+def test_sign_flips_are_counted_exactly():
+    """Against all 2^9 ways, with ties and a zero among the values."""
+    values = np.array([12, -3, 7, 7, 0, 20, -9, 1, 7]) / 3000
+    ways = [np.dot(signs, values) for signs in product((1, -1), repeat=9)]
+    want = np.mean(np.abs(ways) >= abs(values.sum()) - 1e-9)
+    assert sign_flip([values]) == pytest.approx(want)
+    assert sign_flip([values, values]) < want and sign_flip([values, -values]) == 1
+
+
+def test_the_summary_of_settings_covers_the_truth():
+    """One group: the plain interval. Three of unequal spread: 95 % of 2,000 intervals hold the
+    true mean, to four standard errors."""
+    rng = np.random.default_rng(0)
+    assert summary([[1.0, 2.0, 4.0]]) == pytest.approx(interval([1.0, 2.0, 4.0]))
+    hits = 0
+    for _ in range(2000):
+        mean, half = summary([rng.normal(0, spread, n) for spread, n in ((1, 8), (3, 5), (2, 8))])
+        hits += abs(mean) < half
+    assert abs(hits / 2000 - 0.95) < 4 * (0.95 * 0.05 / 2000) ** 0.5
 
 
 def test_rows_survive_the_file_and_half_a_run_does_not_count(tmp_path):
@@ -167,7 +199,7 @@ def test_finished_rows_are_not_run_again_and_stale_ones_left_out(folders, monkey
     rows = []
     for run in others:
         rows += rows_of(run, 0.3)
-    write_rows(folders / "results" / "pool.csv", rows_of(first._replace(arm="as before"), 0.3))
+    write_rows(folders / "results" / "tuning.csv", rows_of(first._replace(arm="as before"), 0.3))
     write_rows(folders / "results" / "quick.csv", rows)
     assert main([]) == 0 and "not run" not in capsys.readouterr().out
     assert (folders / "results" / "quick.png").exists()
@@ -240,16 +272,10 @@ def test_a_killed_grid_stops_its_runs_and_goes_on_from_their_checkpoints(folders
 
 
 # ---------------------------------------------------------------- the evidence
-@pytest.mark.parametrize("name", re.findall("<!-- (differences|results:.*) -->", PAGE))
-def test_every_number_of_the_evidence_is_that_of_its_file(name, capsys):
+@pytest.mark.parametrize("name", re.findall("<!-- ((?:differences|rows):.*) -->", PAGE))
+def test_every_number_of_the_evidence_is_that_of_its_file(name, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
     block = PAGE.split(f"<!-- {name} -->")[1].split("<!-- /")[0]
-    _, _, preset = name.partition(":")
-    main(["--preset", preset, "--table"] if preset else ["--differences"])
+    flag, _, file = name.partition(":")
+    assert main([f"--{flag}", file]) == 0
     assert "".join(block.split()) == "".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize("preset", sorted({*PRESETS} - {"quick", "tuning"}))
-def test_the_evidence_names_every_preset_that_lacks_runs(preset):
-    runs = plan(preset)
-    missing = len(gather(runs, ablate.RESULTS / f"{preset}.csv")) < len(runs)
-    assert (f"| `python -m lab.ablate --preset {preset}` |" in PAGE) == missing

@@ -8,7 +8,6 @@ import torch
 
 from predictor import (
     CLIP,
-    BetaPredictor,
     Features,
     HeadPredictor,
     OraclePredictor,
@@ -70,18 +69,6 @@ def test_the_probe_is_a_ridge_regression_on_what_it_remembers():
         v = 1 / (1 + np.exp(-standard @ own[:-1] - own[-1]))
         slope = standard.T @ (weights * (v - targets)) + penalty * own[:-1]
         assert abs(slope).max() < 0.01 * abs(standard.T @ (weights * (0.5 - targets))).max()
-
-
-@pytest.mark.parametrize("pseudo_counts", [2.0, 20.0])
-def test_beta_tells_how_sure_it_may_be(pseudo_counts):
-    """Chances are spread around what the features tell, by a Beta distribution of so many counts."""
-    rng, predictor = np.random.default_rng(0), BetaPredictor()
-    for seed in range(30):
-        inputs, _, weights = batch(seed)
-        v = 1 / (1 + np.exp(-inputs.hidden[:, 0]))
-        true = rng.beta(pseudo_counts * v, pseudo_counts * (1 - v))
-        predictor.update(inputs, rng.binomial(4, true) / 4, weights)
-    assert predictor.concentration(inputs) == pytest.approx(pseudo_counts, rel=0.25)
 
 
 def test_a_probe_from_a_checkpoint_goes_on_alike():

@@ -168,7 +168,7 @@ def test_the_update_finds_no_caches(fp32, data, monkeypatch):
     def num_caches():
         return sum(isinstance(thing, RaggedCache) for thing in gc.get_objects())
 
-    def update(credits):
+    def update(credits, learning_rate):
         found.append(num_caches())
         return {"update_skipped": 0}
     monkeypatch.setattr(fp32, "update", update)

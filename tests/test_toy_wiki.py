@@ -6,7 +6,17 @@ import pytest
 
 from engine.errors import UsageError
 from react_env import ReActEnv
-from world.toy import bare, is_namesake, make_questions, make_world, oracle, read_value, run_agent
+from world.toy import (
+    HOP_WEIGHTS,
+    bare,
+    is_namesake,
+    make_questions,
+    make_world,
+    oracle,
+    parse_hop_mix,
+    read_value,
+    run_agent,
+)
 from world.words import RELATION, RELATIONS
 
 WORLD = make_world(1000, 0)
@@ -78,6 +88,17 @@ def test_namesakes_are_met_on_a_page_or_in_the_similar_list():
         assert title in observation
         found[observation.startswith("Could not find")] += 1
     assert min(found[True], found[False]) > 10
+
+
+def test_the_mix_of_hops():
+    """Long chains are the rule where the mix says so, and none is longer than it says."""
+    assert parse_hop_mix("36,32,22,10") == HOP_WEIGHTS
+    hops = Counter(q.num_hops for q in make_questions(WORLD, 400, hop_weights=parse_hop_mix(
+        "10,15,25,50"), kinds=("bridge",)))
+    assert max(hops) == 4 and hops[4] > hops[1] + hops[2]
+    for wrong in ("", "50,49", "100,", "0.5,0.5", "-1,101", "10,10,10,10,10,10,40"):
+        with pytest.raises(UsageError, match="add up"):
+            parse_hop_mix(wrong)
 
 
 def test_too_many_questions_say_so():

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import assert_refused, fresh_policy, metrics
 from allocator import CAP, PREFIX_RULES, ROOT_RULES
 from engine.command_line import flag_of
 from engine.errors import UsageError
-from engine.runs import start_folder
+from engine.runs import mixed_of_8, start_folder
 from engine.schedule import Schedule, due_evaluations
 from predictor import PREDICTORS
 from trace_mini import ARMS, POOL, Config, State, main, parse_config, train_step
@@ -95,6 +96,12 @@ def test_every_arm_spends_the_same(method, quick):
     assert row["coverage"] == len(state.prompts.counts) / len(state.prompts.questions)
 
 
+@pytest.mark.parametrize("num, wins, want", [(9, 3, 1), (4, 1, 1), (16, 1, 1 / 2), (5, 0, 0)])
+def test_the_mix_among_eight_leaves(num, wins, want):
+    """Of sixteen leaves with one success, half of all draws of eight hold it."""
+    assert mixed_of_8(SimpleNamespace(num_leaves=num, value=wins / num)) == pytest.approx(want)
+
+
 @pytest.mark.parametrize("dial, name", [
     *product(["root_rule"], ROOT_RULES), *product(["predictor"], PREDICTORS),
     *product(["prefix_rule"], sorted(set(PREFIX_RULES) - {"none"}))])
@@ -114,6 +121,19 @@ def test_a_pool_holds_all_that_the_budget_buys(quick):
 
 
 # ---------------------------------------------------------------- schedule and prompts
+def test_the_learning_rate_rises_and_then_falls_to_nothing(quick, monkeypatch):
+    """Linearly: of four steps the first takes half of it, the last a half of what would be left.
+    Steps set it."""
+    rates, (policy, _) = [], quick
+    schedule = Schedule(100, 2)
+    for schedule.step in range(4):
+        rates.append(schedule.rate(4))
+    assert rates == [0.5, 1.0, 1.0, 0.5] and Schedule(100, 2).rate(1) == 0.5
+    monkeypatch.setattr(policy, "learning_rate", 1e-30)  # nothing moves
+    steps(quick, 1, budget=700, group_size=4, method="grpo", steps=1)
+    assert policy.optimizer.param_groups[0]["lr"] == 0.5e-30
+
+
 @pytest.mark.parametrize("first_guess", [0.2, 1.0, 5.0])
 def test_totals_agree_within_2_percent(first_guess):
     """Over 40 steps, for rollouts whose cost drifts to half and which the first guess takes for
@@ -162,7 +182,7 @@ def test_help_shows_every_dial_in_its_group(capsys):
     assert starts == sorted(starts)
     for dial in dataclasses.fields(Config):
         assert f"\n  {flag_of(dial.name)} " in page, dial.name
-    assert "tokens sampled per step [8000]" in page and "{head,fresh,beta,oracle}" in page
+    assert "tokens sampled per step [8000]" in page and "{head,fresh,probe,oracle}" in page
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, finished):

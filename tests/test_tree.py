@@ -36,16 +36,14 @@ def play(t, start, names, sample, reward):
     for name in names:
         last = name == names[-1]
         ids = np.full(1 if last else 3, ord(name), np.int32)
-        page = "the same" if name in "ag" else name
-        state = SimpleNamespace(done=last, reward=reward if last else 0.0, page=page, keyword=None,
-                                lookup_index=0, last_missed=False)
+        state = SimpleNamespace(done=last, reward=reward if last else 0.0)
         node = t[name] = Node(ids, 1 if last else 2, state, node, sample=sample)
 
 
 @pytest.fixture
 def prompt():
     """{name: node} of a tree without rollouts."""
-    return {"root": Node(np.array([1, 2]), 0, SimpleNamespace(done=False, reward=0.0, page=None))}
+    return {"root": Node(np.array([1, 2]), 0, SimpleNamespace(done=False, reward=0.0))}
 
 
 @pytest.fixture
@@ -97,12 +95,6 @@ def test_targets_of_the_predictor(t, rule, root, a):
     assert [targets[t[y]] for y in "abdg"] == [a, (1, 1), (0, 1), (0, 1)]
 
 
-def test_merged_targets_pool_equal_states(t):
-    """a and g stand in one state: one of their four leaves is a success."""
-    targets = TARGETS["merged"](t["root"])
-    assert [targets[t[y]] for y in "abg"] == [(1 / 4, 3), (1, 1), (1 / 4, 1)]
-
-
 def test_a_fresh_target_ignores_continuations_from_elsewhere(t):
     """A failure that started at b changes the target of b, and neither a's nor the root's."""
     play(t, "b", "xy", 5, 0.0)
@@ -115,8 +107,6 @@ def test_a_fresh_target_ignores_continuations_from_elsewhere(t):
 ROOT, A = 0.24 ** 0.5, (2 / 9) ** 0.5  # std of the rewards under the root and under a
 CREDITS = {  # of a, b, d, g, i; c is like b, e and f like d, h like g, but for node_value
     "grpo": np.array([-1 / 15, 0.6, -0.4, -0.4, 0.6]) / ROOT,
-    "merged": np.array([-0.15, 0.6, -0.4, -0.15, 0.6]) / ROOT,  # a and g share their four leaves
-    "fork": np.array([1, 1, -1, -2, 1]) / 3 / ROOT,  # 2/3 started well at the root, 1/3 at a
     "tree_grpo": [-1 / 15 / ROOT, 0.6 / ROOT + 2 / 3 / A, -0.4 / ROOT - 1 / 3 / A, -0.4 / ROOT,
                   0.6 / ROOT],
     # means over root and a, times 30, scaled by their std over all 13 tokens

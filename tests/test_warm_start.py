@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from react_env import ReActEnv
-from world.toy import make_questions, make_world, never, oracle, run_agent
+from world.toy import HOP_WEIGHTS, make_questions, make_world, never, oracle, run_agent
 from world.warm_start import (
     FAULTS,
     as_llama,
@@ -60,7 +60,8 @@ def test_every_fault_makes_wrong_answers(fault):
     """A demonstrator with this fault alone fails somewhere; without any it never does. (A wrong
     first choice is repaired unless nothing is checked, so those two come together.)"""
     world = make_world(200, 0)
-    env, questions = ReActEnv(world.wiki, max_turns=8), make_questions(world, 100, hop_weights=HOP_WEIGHTS[:3])
+    env = ReActEnv(world.wiki, max_turns=8)
+    questions = make_questions(world, 100, hop_weights=HOP_WEIGHTS[:3])
     choices = ("first_choice", "no_check")
     together = choices if fault in choices else (fault,)
 

@@ -1,0 +1,56 @@
+"""What allocation could win: the estimates against the formulas, and the command."""
+import numpy as np
+import pytest
+from conftest import assert_refused
+
+from allocator import mixed_prob
+from lab.headroom import (
+    BARE,
+    PER_BARE,
+    expected_random,
+    headroom_of_prefixes,
+    headroom_of_roots,
+    main,
+    mixed,
+)
+
+
+def test_the_estimate_of_a_mix_has_no_bias():
+    """Over 20,000 binomial draws, to five standard errors."""
+    rng = np.random.default_rng(0)
+    for v, m in ((0.1, 2), (0.3, 8), (0.5, 16)):
+        found = mixed(rng.binomial(32, v, 20000), 32, np.full(20000, m))
+        assert abs(found.mean() - mixed_prob(v, m)) < 5 * found.std() / 20000 ** 0.5
+
+
+def test_headroom_by_hand():
+    """Half of the prompts are even, the others never solved: at two rollouts per prompt equal
+    groups of eight reach one prompt in four, half of them in vain. The optimum deals all to the
+    even ones: four each, which are mixed 7/8 of the time. Where all are alike there is less to
+    win: groups of two or three instead of eight."""
+    wins = np.tile([16] * 8 + [0] * 8, (2, 1))
+    even = mixed(np.array([16]), 32, np.array([8]))[0]
+    four = mixed(np.array([16]), 32, np.array([4]))[0]
+    assert headroom_of_roots(wins, 32, 2) == pytest.approx(8 * four / (16 / 4 * even / 2))
+    assert headroom_of_roots(np.full((2, 16), 16), 32, 8) == pytest.approx(1)
+
+
+def test_random_prefixes_flip_as_often_as_they_do():
+    repeat, budget = np.array([0.2, 0.9, 0.9]), PER_BARE * BARE
+    rng, flips = np.random.default_rng(0), []
+    for _ in range(20000):
+        k = np.bincount(rng.integers(3, size=budget), minlength=3)
+        flips.append((1 - repeat ** k).sum())
+    error = np.std(flips) / len(flips) ** 0.5
+    assert abs(np.mean(flips) - expected_random(repeat)) < 5 * error
+    right = np.rint(32 * np.tile(repeat, (2, 1))).astype(int)
+    assert headroom_of_prefixes([(right, np.ones(3, int))], 32) > 1
+
+
+def test_the_command(capsys):
+    assert main("--questions 2 --rollouts 32 --context 120".split()) == 0
+    printed = capsys.readouterr().out
+    for word in ("dead", "Effective Ratio of groups of eight", "stage 1, 8", "stage 2", "minutes"):
+        assert word in printed
+    assert_refused(main, ["--rollouts", "8"], "--rollouts", capsys)
+    assert_refused(main, ["--modle", "x"], "modle", capsys)
