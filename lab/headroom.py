@@ -19,12 +19,13 @@ from tqdm import tqdm
 from allocator import allocate_roots, expand_prefixes
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
+from engine.files import write_json
 from engine.runs import load_checkpoint
 from policy import load_policy
 from predictor import monte_carlo_value
 from rollout import grow
 from trace_mini import parse_config
-from tree import prefixes, sampled_tokens
+from tree import prefixes
 from world.questions import Prompts, load_data
 
 GROUP = 8           # bare rollouts of a prompt where groups are equal
@@ -77,7 +78,7 @@ def expected_random(repeat):
 
 
 def measure(config, num_questions, num_rollouts):
-    """-> text"""
+    """-> {what: number}"""
     data, policy = load_data(config), load_policy(config)
     data = data.that_fit(policy)
     if config.resume:
@@ -98,7 +99,7 @@ def measure(config, num_questions, num_rollouts):
     wins = count(roots, "questions")
     total = wins.sum(0)
     grow(policy, data.env, roots[:MOST_TREES], [BARE] * len(roots[:MOST_TREES]), (config.seed, 0))
-    trees, num_prefixes, num_tokens = [], 0, sum(map(sampled_tokens, roots))
+    trees, num_prefixes = [], 0
     for root in tqdm(roots[:MOST_TREES], "prefixes", leave=False):
         found = prefixes(root)
         if found:
@@ -106,20 +107,28 @@ def measure(config, num_questions, num_rollouts):
             trees.append((count([prefix.node for prefix in found], root.state.question.id),
                           outcomes))
             num_prefixes += len(found)
-    lines = [f"{len(roots)} questions, {2 * half} rollouts each; {num_prefixes} prefixes of "
-             f"{len(trees)} of them, likewise",
-             f"dead (never solved): {100 * np.mean(total == 0):.0f} %, mastered (always): "
-             f"{100 * np.mean(total == 2 * half):.0f} %, mean reward {total.mean() / 2 / half:.2f}",
-             "Effective Ratio of groups of eight: "
-             f"{mixed(total, 2 * half, np.full(len(total), GROUP)).mean():.2f}"]
+    found = {"questions": len(roots), "prefixes": num_prefixes, "rollouts": 2 * half,
+             "dead": np.mean(total == 0), "mastered": np.mean(total == 2 * half),
+             "reward": total.mean() / (2 * half),
+             "mixed_of_8": mixed(total, 2 * half, np.full(len(total), GROUP)).mean()}
     for per_prompt in PER_PROMPT:
-        lines.append(f"headroom of stage 1, {per_prompt} bare rollouts per candidate: "
-                     f"{headroom_of_roots(wins, half, per_prompt):.2f}")
-    lines += [f"headroom of stage 2, {PER_BARE} continuations per bare rollout: "
-              f"{headroom_of_prefixes(trees, half):.2f}",
-              f"measured in {(time.time() - began) / 60:.1f} minutes, by "
-              f"{2 * half * (len(roots) + num_prefixes):,} episodes"]
-    return "\n".join(lines)
+        found[f"roots_{per_prompt}"] = headroom_of_roots(wins, half, per_prompt)
+    return found | {"prefix_flips": headroom_of_prefixes(trees, half),
+                    "minutes": (time.time() - began) / 60}
+
+
+def describe(found):
+    """-> lines"""
+    yield (f"{found['questions']} questions and {found['prefixes']} prefixes, {found['rollouts']} "
+           f"rollouts each, in {found['minutes']:.1f} minutes")
+    yield (f"dead (never solved): {100 * found['dead']:.0f} %, mastered (always): "
+           f"{100 * found['mastered']:.0f} %, mean reward {found['reward']:.2f}")
+    yield f"Effective Ratio of groups of eight: {found['mixed_of_8']:.2f}"
+    for per_prompt in PER_PROMPT:
+        yield (f"headroom of stage 1, {per_prompt} bare rollouts per candidate: "
+               f"{found[f'roots_{per_prompt}']:.2f}")
+    yield (f"headroom of stage 2, {PER_BARE} continuations per bare rollout: "
+           f"{found['prefix_flips']:.2f}")
 
 
 def main(arguments=None):
@@ -127,12 +136,16 @@ def main(arguments=None):
     parser = Parser(__doc__, prog="lab.headroom", epilog="and all flags of trace_mini.py")
     parser.add_argument("--questions", type=int, default=100, help="[%(default)s]")
     parser.add_argument("--rollouts", type=int, default=64, help="of each, in two halves [64]")
+    parser.add_argument("--json", metavar="FILE", help="to write the numbers to, too")
     args, others = parser.parse_known_args(arguments)
 
     def work():
         if args.questions < 2 or args.rollouts < 2 * GROUP * 2:
             raise UsageError(f"--questions must be at least 2, --rollouts {4 * GROUP}")
-        print(measure(parse_config(others), args.questions, args.rollouts))
+        found = measure(parse_config(others), args.questions, args.rollouts)
+        print(*describe(found), sep="\n")
+        if args.json:
+            write_json(args.json, found)
     return run_main("lab.headroom", work)
 
 

@@ -1,4 +1,6 @@
 """What allocation could win: the estimates against the formulas, and the command."""
+import json
+
 import numpy as np
 import pytest
 from conftest import assert_refused
@@ -47,9 +49,11 @@ def test_random_prefixes_flip_as_often_as_they_do():
     assert headroom_of_prefixes([(right, np.ones(3, int))], 32) > 1
 
 
-def test_the_command(capsys):
-    assert main("--questions 2 --rollouts 32 --context 120".split()) == 0
+def test_the_command(capsys, tmp_path):
+    file = tmp_path / "found.json"
+    assert main(f"--questions 2 --rollouts 32 --context 120 --json {file}".split()) == 0
     printed = capsys.readouterr().out
+    assert json.loads(file.read_text())["questions"] == 2
     for word in ("dead", "Effective Ratio of groups of eight", "stage 1, 8", "stage 2", "minutes"):
         assert word in printed
     assert_refused(main, ["--rollouts", "8"], "--rollouts", capsys)
