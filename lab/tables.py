@@ -9,7 +9,9 @@ import csv
 import io
 import json
 from collections import Counter
+from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -182,11 +184,17 @@ def groups_table(done):
     return "\n".join(lines)
 
 
-def differences(done, contrasts):
-    """Differences in points, paired over the seeds that all arms of a line share. A line of
-    `contrasts` says: seeds at most | column | weights and arms | words. Arms NAME@* stand for all
-    settings: then it is the mean of their means, and seeds are those of all together."""
-    lines = ["| in points | seeds | at the end | p | area |", "| --- | --- | --- | --- | --- |"]
+class Difference(NamedTuple):
+    """A paired difference: per setting, a value per seed (0 to 1)."""
+    words: str
+    ends: list
+    areas: list
+    decides: bool  # it is one of exact match, at the endpoints
+
+
+def paired(done, contrasts):
+    """Yields a Difference per line of `contrasts`, which says: seeds at most | column | weights and
+    arms | words. Arms NAME@* stand for all settings."""
     settings = sorted({arm.partition("@")[2] for arm, _ in done})
     for line in contrasts.strip().split("\n"):
         most, name, formula, words = line.split(" | ")
@@ -195,12 +203,21 @@ def differences(done, contrasts):
         for setting in settings if "@*" in formula else [""]:
             own = [arm.replace("@*", f"@{setting}").removesuffix("@") for arm in arms]
             groups.append(shared(done, *own)[:int(most)])
-        ends = [sums(group, weights, lambda rows: end(rows, name)) for group in groups]
-        areas = [sums(group, weights, area) for group in groups] if name == "eval_em" else [[]]
-        num, p = sum(map(len, ends)), "–"
-        if name == "eval_em" and min(map(len, ends)) > 1:
+        ends = [sums(group, weights, partial(end, name=name)) for group in groups]
+        areas = [sums(group, weights, area) for group in groups]
+        yield Difference(words, ends, areas, name == "eval_em")
+
+
+def differences(done, contrasts):
+    """In points, paired over the seeds that all arms of a line share; over several settings the
+    mean of their means, and the seeds of all together."""
+    lines = ["| in points | seeds | at the end | p | area |", "| --- | --- | --- | --- | --- |"]
+    for words, ends, areas, decides in paired(done, contrasts):
+        p = "–"
+        if decides and min(map(len, ends)) > 1:
             p = f"{sign_flip(ends):.3f}"
-        lines.append(f"| {words} | {num} | {points(ends)} | {p} | {points(areas)} |")
+        lines.append(f"| {words} | {sum(map(len, ends))} | {points(ends)} | {p} | "
+                     f"{points(areas) if decides else '–'} |")
     return "\n".join(lines)
 
 
