@@ -15,6 +15,7 @@ from engine.files import fingerprint_of_files, model_folder
 from engine.loading import (FILES, adapter_weights, check_logits, check_vocabulary,
                             import_bitsandbytes, load_model, set_adapter, steady_context)
 from engine.memory import adapted_layers, best_device, plan_memory
+from engine.processes import team
 from engine.sampling import sampling_mode
 from engine.text import Codec
 from tree import Node, full_path
@@ -188,14 +189,15 @@ class Policy:
         if self.preamble:
             self.preamble.cache = None  # of the weights that change here
         self.optimizer.zero_grad()
-        loss_sum = 0.0
-        for nodes, scored in self.micro_batches(weight):
+        loss_sum, own = 0.0, {node: value for node, value in weight.items() if team().owns(node)}
+        for nodes, scored in self.micro_batches(own):
             advantage = np.repeat([weight[node] for node in scored],
                                   [node.num_sampled for node in scored])
             advantage = torch.tensor(advantage, dtype=torch.float32, device=self.device)
             loss = -(advantage * self.logprobs(nodes, scored)).sum() / loss_tokens
             loss.backward()
             loss_sum += loss.item()
+        loss_sum = team().add_up(self.trained, loss_sum)
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM))
         finite = bool(np.isfinite(norm) and np.isfinite(loss_sum))
         if finite:  # without a gradient, in a step without contrast, nothing moves

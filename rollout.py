@@ -13,6 +13,7 @@ import torch
 from engine.caches import (cached_above, forget_caches, forget_paths, held_tokens, move,
                            watching)
 from engine.memory import halving
+from engine.processes import team
 from engine.sampling import RaggedCache, keyed_uniforms, rollout_key, sample_tokens
 from react_env import action_end, observation_text, split_completion
 from tree import Node, leaves, path, path_ids
@@ -48,12 +49,18 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False, progres
     far as there is room, for rollouts that start at their turns later. `progress(n)` is told of
     every n episodes that have ended."""
     num_children = {anchor: len(anchor.children) for anchor in anchors}
-    roots = dict.fromkeys(path(anchor)[0] for anchor in anchors)  # a set that keeps its order
+    loads, crew = {}, team()  # by root, in order
+    for anchor, count in zip(anchors, counts):
+        root = path(anchor)[0]
+        loads[root] = loads.get(root, 0) + count
+    roots = list(loads)
+    crew.deal(roots, list(loads.values()))
 
     def work():
         rollouts = start(policy, anchors, counts, key)
-        play(policy, env, rollouts, greedy, roots if keep else (), progress)
-        return standing(rollouts)
+        own = [rollout for rollout in rollouts if crew.owns(rollout.anchor)]
+        play(policy, env, own, greedy, roots if keep else (), progress)
+        return rollouts
 
     def undo():
         for anchor, count in num_children.items():
@@ -61,11 +68,14 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False, progres
         forget_caches(roots)
 
     with policy.sampling():
-        found = halving(policy, work, undo)
+        rollouts = halving(policy, work, undo)
+    crew.exchange(roots)
+    ends = {}
     for root in roots:
+        ends.update(((root, leaf.sample), leaf) for leaf in leaves(root))
         if not keep or all(child.is_leaf for child in root.children):
             forget_caches([root])
-    return found
+    return [ends[path(rollout.anchor)[0], rollout.sample] for rollout in rollouts]
 
 
 def start(policy, anchors, counts, key):
@@ -272,7 +282,7 @@ def prefill(policy, roots):
     """Compute cache and hidden state of roots that have none: the whole pool of a step. Caches
     beyond `cache_tokens` are not kept: a root is fed again if something grows from it."""
     def work():
-        waiting = [root for root in roots if root.hidden is None]
+        waiting = [root for root in team().part(roots) if root.hidden is None]
         while waiting:
             size = num_that_fit(policy, waiting)
             some, waiting = waiting[:size], waiting[size:]
@@ -282,3 +292,4 @@ def prefill(policy, roots):
 
     with policy.sampling():
         halving(policy, work, lambda: forget_caches(roots))
+    team().exchange_parts(roots, ("hidden", "middle"))

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from allocator import (CAP, PREFIX_RULES, ROOT_RULES, Anchors, deal_roots, expand_trees,
                        mixed_prob)
@@ -31,9 +30,10 @@ from engine.command_line import check_dials, dial, load_dials, own_dials, parse_
 from engine.errors import NotFinite, UsageError
 from engine.files import write_json
 from engine.memory import best_device, describe_memory, trim_memory
+from engine.processes import team
 from engine.runs import (Journal, LapTimer, check_inputs, ctrl_c, describe_run, describe_scores,
-                         describe_step, fresh_folder, inputs_of, load_checkpoint, save_run, say,
-                         show, start_folder, tree_metrics)
+                         describe_step, fresh_folder, inputs_of, load_checkpoint, progress_bar,
+                         save_run, say, show, start_folder, tree_metrics)
 from engine.schedule import Schedule, due_evaluations, parse_evaluations
 from policy import load_policy
 from predictor import PREDICTORS, predict, score_and_update
@@ -233,7 +233,7 @@ def evaluate(policy, env, questions, progress=None, first=None):
 
 def score(policy, env, questions, folder, first=None):
     """`evaluate` with a bar; the predictions go to the folder in the official form."""
-    with tqdm(total=len(questions), desc="evaluate", unit="question", leave=False) as bar:
+    with progress_bar(total=len(team().part(questions)), desc="evaluate", leave=False) as bar:
         result = evaluate(policy, env, questions, bar.update, first)
     write_predictions(folder, questions, result.pop("predictions"))
     return result
@@ -268,7 +268,7 @@ def train(config, policy, data, folder, saved=None, stopped=()):
         state.schedule.guess(assess(due[0])["tokens"])
         save_run(folder, 0, known, journal, parts)
     todo = range(step + 1, config.steps + 1)
-    bar = tqdm(todo, config.method, config.steps, initial=step, unit="step")
+    bar = progress_bar(todo, config.method, config.steps, initial=step, unit="step")
     for step in bar:
         trees, row = train_step(config, state, policy, predictor, data)
         trim_memory()
@@ -276,7 +276,7 @@ def train(config, policy, data, folder, saved=None, stopped=()):
         if step % SHOW_EVERY == 0:
             show(policy, trees, config.show_tree)
         last, broken = step == config.steps, state.schedule.bad_steps >= MOST_BAD
-        stop = bool(stopped)  # once: Ctrl-C may come at any moment
+        stop = team().any(stopped)  # once: Ctrl-C may come at any moment
         if step in due:
             result = assess(due[step])
             row |= {"eval_em": result["em"], "eval_f1": result["f1"]}

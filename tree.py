@@ -35,6 +35,7 @@ class Node:
     num_leaves: int = 0            # n, set by backup
     cut_observation: bool = False  # the observation was longer than allowed
     overflowed: bool = False       # no room for another turn: the episode ends, reward 0
+    owner: int = None              # of a root: the process that grows its tree, where many do
     preamble: "Node | None" = None  # of a root: ids in front of all prompts, not in the tree
     depth: int = 0                 # turns from the root
     length: int = 0                # tokens of the path, preamble and this node included

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.errors import NotFinite, UsageError, first_line
 from engine.files import model_folder
+from engine.processes import team
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,5 +181,6 @@ def run_main(program, work, hint=""):
                          f"--context take less{hint}")
     except OSError as error:  # a full disk, above all
         code, text = 2, first_line(error) + hint
-    print(f"{program}: {text}", file=sys.stderr)
+    if team().rank == 0:  # what the user can mend, all processes have found
+        print(f"{program}: {text}", file=sys.stderr)
     return code

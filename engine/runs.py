@@ -25,6 +25,7 @@ from tqdm import tqdm
 from engine.draw import SMOOTH, draw_curve, tree_text
 from engine.errors import UsageError, first_line
 from engine.files import read_lines, write_aside, write_json
+from engine.processes import team
 from tree import has_contrast, leaves, nodes, path, path_ids
 
 PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of every checkpoint
@@ -32,6 +33,11 @@ PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of every checkp
 
 def fresh_folder(config):
     """A path for a new run: its --out, which must not hold one, or a new name in runs/."""
+    return team().first(lambda: free_folder(config))
+
+
+def free_folder(config):
+    """Where nothing stands yet."""
     out = config.out
     if out:
         if (Path(out) / "config.json").exists():
@@ -47,6 +53,11 @@ def fresh_folder(config):
 
 def start_folder(folder, dials, fresh):
     """Make the folder, with the dials in config.json; a fresh one must not hold any."""
+    team().first(lambda: make_folder(folder, dials, fresh))
+
+
+def make_folder(folder, dials, fresh):
+    """In one process."""
     try:
         (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
         if fresh:
@@ -62,6 +73,10 @@ class Journal:
     def __init__(self, folder, lengths):
         """`lengths`: bytes of each that the checkpoint knows; none in a fresh run."""
         self.streams, self.is_new = {}, not lengths.get("evals")  # nothing evaluated yet
+        self.rewards, self.em = team().first(lambda: self.open(folder, lengths))
+
+    def open(self, folder, lengths):
+        """In the first process, which writes them. -> what they hold: rewards, last evaluation"""
         for name in ("metrics", "evals"):
             stream, length = open(folder / f"{name}.jsonl", "ab"), lengths.get(name, 0)
             if stream.tell() < length:
@@ -70,8 +85,8 @@ class Journal:
             stream.truncate(length)
             stream.seek(length)
             self.streams[name] = stream
-        self.rewards = [row["reward_mean"] for row in read_lines(folder / "metrics.jsonl")]
-        self.em = ([None] + [row["em"] for row in read_lines(folder / "evals.jsonl")])[-1]
+        rewards = [row["reward_mean"] for row in read_lines(folder / "metrics.jsonl")]
+        return rewards, ([None] + [row["em"] for row in read_lines(folder / "evals.jsonl")])[-1]
 
     def write(self, name, row):
         """A number that is not finite becomes null: JSON knows no NaN."""
@@ -79,8 +94,9 @@ class Journal:
         for key, value in row.items():
             strange = isinstance(value, float) and not math.isfinite(value)
             known[key] = None if strange else value
-        self.streams[name].write(json.dumps(known).encode() + b"\n")
-        self.streams[name].flush()
+        if name in self.streams:
+            self.streams[name].write(json.dumps(known).encode() + b"\n")
+            self.streams[name].flush()
         if name == "metrics":
             self.rewards.append(row["reward_mean"])
         else:
@@ -111,7 +127,10 @@ def checkpoint_files(folder):
 def save_run(folder, step, known, journal, parts):
     """Bring a run to the disk: adapter/, curve.png, and checkpoint/step-000010.pt with the
     state_dict of all `parts` by name and what is `known` of the run: its dials as "config", and
-    its "inputs". The checkpoint before it is kept."""
+    its "inputs". The checkpoint before it is kept. All processes hold the same: the first one
+    writes it."""
+    if team().rank:
+        return
     save_adapter(parts["policy"].model, folder)
     draw_curve(folder)
     content = known | {"lengths": journal.sync()}
@@ -241,7 +260,13 @@ def mixed_of_8(root):
 
 def say(text):
     """A line that does not tear a progress bar."""
-    tqdm.write(text)
+    if team().rank == 0:
+        tqdm.write(text)
+
+
+def progress_bar(*args, **options):
+    """One for all processes."""
+    return tqdm(*args, disable=team().rank > 0, **options)
 
 
 def describe_run(folder, config, device):
