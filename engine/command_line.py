@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description.split("\n")[0], allow_abbrev=False, **options)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, None if team().rank else f"{self.prog}: {message}\n")
 
     def parse_args(self, arguments=None):
         found, unknown = self.parse_known_args(arguments)

@@ -1,13 +1,14 @@
 """What several processes of one run tell each other (engine/processes.py), by accelerate."""
 import io
+import os
 import pickle
+import signal
 
 import numpy as np
 import torch
 from accelerate import PartialState
 
-from engine.errors import UsageError
-from engine.processes import Alone
+from engine.processes import Alone, team
 from engine.sampling import RaggedCache
 from tree import path
 
@@ -18,6 +19,7 @@ class Team(Alone):
     def __init__(self):
         state = PartialState(cpu=not torch.cuda.is_available())
         self.rank, self.count = state.process_index, state.num_processes
+        signal.signal(signal.SIGTERM, end)  # the launcher's, when another process has ended
 
     def deal(self, roots, weights):
         """The heaviest first, each to who has least."""
@@ -100,9 +102,15 @@ def without_caches(trees):
 
 
 def together(work, *args):
-    """Do what all processes must come to. One that has ended is an error, in one line."""
+    """Do what all processes must come to."""
     try:
         work(*args)
-    except RuntimeError as error:
-        raise UsageError("another process of this run has ended; --resume goes on from the last "
-                         "checkpoint") from error
+    except RuntimeError:
+        end()
+
+
+def end(*_):
+    """In one line, whatever is being done: it may wait for a process that is no more."""
+    os.write(2, f"process {team().rank}: another process of this run has ended; --resume DIR goes "
+             "on from its last checkpoint\n".encode())
+    os._exit(1)
