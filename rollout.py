@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from engine.caches import (cached_above, forget_caches, forget_paths, held_tokens, move,
-                           watching)
+from engine.caches import (cached_above, forget_caches, forget_paths, held_tokens,
+                           mean_of_read, move, watching)
 from engine.memory import halving
 from engine.processes import team
 from engine.sampling import RaggedCache, keyed_uniforms, rollout_key, sample_tokens
@@ -49,17 +49,12 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False, progres
     far as there is room, for rollouts that start at their turns later. `progress(n)` is told of
     every n episodes that have ended."""
     num_children = {anchor: len(anchor.children) for anchor in anchors}
-    loads, crew = {}, team()  # by root, in order
-    for anchor, count in zip(anchors, counts):
-        root = path(anchor)[0]
-        loads[root] = loads.get(root, 0) + count
-    roots = list(loads)
-    crew.deal(roots, list(loads.values()))
+    crew = team()
+    roots = crew.deal(anchors, counts)
 
     def work():
         rollouts = start(policy, anchors, counts, key)
-        own = [rollout for rollout in rollouts if crew.owns(rollout.anchor)]
-        play(policy, env, own, greedy, roots if keep else (), progress)
+        play(policy, env, crew.own(rollouts), greedy, roots if keep else (), progress)
         return rollouts
 
     def undo():
@@ -69,13 +64,11 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False, progres
 
     with policy.sampling():
         rollouts = halving(policy, work, undo)
-    crew.exchange(roots)
-    ends = {}
+    crew.exchange(roots, rollouts)
     for root in roots:
-        ends.update(((root, leaf.sample), leaf) for leaf in leaves(root))
         if not keep or all(child.is_leaf for child in root.children):
             forget_caches([root])
-    return [ends[path(rollout.anchor)[0], rollout.sample] for rollout in rollouts]
+    return standing(rollouts)
 
 
 def start(policy, anchors, counts, key):
@@ -270,12 +263,9 @@ def remember(policy, cache, fed, ids, starts, rows):
     ends = np.cumsum(list(map(len, ids)))
     with watching(policy.middle) as seen:
         hidden = policy.forward(ids, rows, starts, cache)[ends - 1]
-    means = []
-    for node, end in zip(fed, ends):
-        means.append(seen[0][end - len(node.ids) + node.first_read:end].mean(0))
-    hidden, means = (x.float().cpu().numpy() for x in (hidden, torch.stack(means)))
+    hidden, middle = hidden.float().cpu().numpy(), mean_of_read(seen[0], fed, ends)
     for i, node in enumerate(fed):
-        node.hidden, node.middle, node.cache = hidden[i], means[i], (cache, rows[i])
+        node.hidden, node.middle, node.cache = hidden[i], middle[i], (cache, rows[i])
 
 
 def prefill(policy, roots):
@@ -292,4 +282,4 @@ def prefill(policy, roots):
 
     with policy.sampling():
         halving(policy, work, lambda: forget_caches(roots))
-    team().exchange_parts(roots, ("hidden", "middle"))
+    team().exchange_states(roots)

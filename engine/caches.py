@@ -52,6 +52,15 @@ def watching(layer):
         hook.remove()
 
 
+def mean_of_read(states, nodes, ends):
+    """Of states [N, W] of tokens that were fed, the mean over what each node read, from
+    `first_read` to where it ends in them -> float32 [nodes, W]"""
+    means = []
+    for node, end in zip(nodes, ends):
+        means.append(states[end - len(node.ids) + node.first_read:end].mean(0))
+    return torch.stack(means).float().cpu().numpy()
+
+
 def cached_above(node):
     """The nearest node on the way up whose path is in a cache, or None."""
     while node is not None and node.cache is None:

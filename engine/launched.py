@@ -3,14 +3,16 @@ import io
 import os
 import pickle
 import signal
+import time
+from collections import Counter
 
 import numpy as np
 import torch
 from accelerate import PartialState
 
-from engine.processes import Alone, team
+from engine.alone import Alone
 from engine.sampling import RaggedCache
-from tree import path
+from tree import leaves, path
 
 
 class Team(Alone):
@@ -21,18 +23,21 @@ class Team(Alone):
         self.rank, self.count = state.process_index, state.num_processes
         signal.signal(signal.SIGTERM, end)  # the launcher's, when another process has ended
 
-    def deal(self, roots, weights):
+    def deal(self, anchors, counts):
         """The heaviest first, each to who has least."""
-        load = np.zeros(self.count)
-        for i in np.argsort(-np.asarray(weights), kind="stable"):
-            if roots[i].owner is None:
-                roots[i].owner = int(load.argmin())
-            load[roots[i].owner] += weights[i]
+        loads, total = Counter(), np.zeros(self.count)
+        for anchor, count in zip(anchors, counts):
+            loads[path(anchor)[0]] += count
+        for root, load in loads.most_common():  # of equal ones the first comes first
+            if root.owner is None:
+                root.owner = int(total.argmin())
+            total[root.owner] += load
+        return list(loads)
 
     def owns(self, node):
         return (path(node)[0].owner or 0) == self.rank
 
-    def exchange(self, roots):
+    def exchange(self, roots, rollouts):
         own = {i: root for i, root in enumerate(roots) if self.owns(root)}
         for told in self.gather(without_caches(own)):
             for i, tree in Unpickler(io.BytesIO(told)).load().items():
@@ -41,13 +46,15 @@ class Team(Alone):
                     roots[i].children = tree.children
                     for child in tree.children:
                         child.parent = roots[i]
+        ends = {root: {leaf.sample: leaf for leaf in leaves(root)} for root in roots}
+        for rollout in rollouts:
+            rollout.node = ends[path(rollout.anchor)[0]][rollout.sample]
 
-    def exchange_parts(self, roots, names):
-        own = [[getattr(root, name) for name in names] for root in self.part(roots)]
+    def exchange_states(self, roots):
+        own = [(root.hidden, root.middle) for root in self.part(roots)]
         for rank, told in enumerate(self.gather(own)):
-            for root, values in zip(roots[rank::self.count], told):
-                for name, value in zip(names, values):
-                    setattr(root, name, value)
+            for root, states in zip(roots[rank::self.count], told):
+                root.hidden, root.middle = states
 
     def any(self, value):
         return any(self.gather(bool(value)))
@@ -60,7 +67,7 @@ class Team(Alone):
             except Exception as caught:
                 error = caught
         told = [(result, error)]
-        together(torch.distributed.broadcast_object_list, told)
+        self.together(torch.distributed.broadcast_object_list, told)
         result, error = told[0]
         if error is not None:
             raise error
@@ -70,7 +77,7 @@ class Team(Alone):
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         flat = torch.cat([*(grad.flatten().float() for grad in grads),
                           torch.tensor([number], device=grads[0].device)])
-        together(torch.distributed.all_reduce, flat)
+        self.together(torch.distributed.all_reduce, flat)
         for w, total in zip(weights, flat[:-1].split([w.numel() for w in weights])):
             w.grad = total.view_as(w).to(w.dtype)
         return flat[-1].item()
@@ -78,8 +85,17 @@ class Team(Alone):
     def gather(self, thing):
         """What each process has, in order."""
         told = [None] * self.count
-        together(torch.distributed.all_gather_object, told, thing)
+        self.together(torch.distributed.all_gather_object, told, thing)
         return told
+
+    def together(self, work, *args):
+        """Do what all processes must come to."""
+        began = time.perf_counter()
+        try:
+            work(*args)
+        except RuntimeError:  # a process is not there any more
+            end()
+        self.seconds += time.perf_counter() - began
 
 
 class Pickler(pickle.Pickler):
@@ -101,16 +117,8 @@ def without_caches(trees):
     return stream.getvalue()
 
 
-def together(work, *args):
-    """Do what all processes must come to."""
-    try:
-        work(*args)
-    except RuntimeError:
-        end()
-
-
 def end(*_):
     """In one line, whatever is being done: it may wait for a process that is no more."""
-    os.write(2, f"process {team().rank}: another process of this run has ended; --resume DIR goes "
-             "on from its last checkpoint\n".encode())
+    os.write(2, b"another process of this run has ended; --resume DIR goes on from its last "
+             b"checkpoint\n")
     os._exit(1)

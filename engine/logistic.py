@@ -14,30 +14,32 @@ class RidgeLogistic:
     fitted; None before that. penalties [P, 1], on the squared weights."""
 
     def __init__(self, penalties):
-        self.penalties = torch.tensor(penalties)[:, None]
+        self.penalties = torch.tensor(penalties).double()[:, None]
         self.weights, self.mean, self.spread = None, 0.0, 1.0
 
     def standardised(self, inputs):
         """[n, F] -> [n, F + 1], the last column is 1."""
-        return pad((inputs - self.mean) / self.spread, (0, 1), value=1.0)
+        return pad((inputs.double() - self.mean) / self.spread, (0, 1), value=1.0)
 
     def logits(self, inputs):
         """[n, F] -> [n, P]; all 0 before the first fit."""
         if self.weights is None:
-            return torch.zeros(len(inputs), len(self.penalties))
+            return torch.zeros(len(inputs), len(self.penalties)).double()
         return self.standardised(inputs) @ self.weights.T
 
     def losses(self, logits, targets, weights):
         """Cross entropy [P] of logits [n, P], summed over outcomes."""
-        targets = targets[:, None].expand_as(logits)
-        return weights @ binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        targets = targets.double()[:, None].expand_as(logits)
+        losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return weights.double() @ losses
 
     def fit(self, inputs, targets, weights):
         """One problem for all: their losses share no weight."""
+        inputs = inputs.double()
         self.mean, self.spread = inputs.mean(0), inputs.std(0, correction=0) + 1e-6
         standard = self.standardised(inputs)
         if self.weights is None:
-            self.weights = torch.zeros(len(self.penalties), standard.shape[1])
+            self.weights = torch.zeros(len(self.penalties), standard.shape[1]).double()
         parameters = self.weights.requires_grad_()
         optimizer = torch.optim.LBFGS([parameters], max_iter=FIT_STEPS,
                                       line_search_fn="strong_wolfe")

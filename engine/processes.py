@@ -10,38 +10,7 @@ up, and the first process writes the run folder. Without that launcher a run has
 import os
 from functools import cache
 
-
-class Alone:
-    """The only process of a run."""
-    rank, count = 0, 1
-
-    def deal(self, roots, weights):
-        """Decide whose each tree is that nobody has yet, by weights [n]."""
-
-    def owns(self, node):
-        """Is this node's tree grown and trained here?"""
-        return True
-
-    def part(self, items):
-        return items[self.rank::self.count]
-
-    def exchange(self, roots):
-        """Tell all what has grown below the roots dealt to each, without its caches."""
-
-    def exchange_parts(self, roots, names):
-        """Tell all these attributes of the roots, which each process has of its part."""
-
-    def any(self, value):
-        """Is it true in one process?"""
-        return bool(value)
-
-    def first(self, work):
-        """work() in the first process; what comes of it, or its error, is told to all."""
-        return work()
-
-    def add_up(self, weights, number):
-        """-> the sum over processes of a number, and, in place, that of the gradients."""
-        return number
+from engine.alone import Alone
 
 
 @cache

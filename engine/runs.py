@@ -208,6 +208,7 @@ class LapTimer:
 
     def __init__(self):
         self.seconds, self.last = Counter(), time.perf_counter()
+        self.together = team().seconds
 
     def __call__(self, name):
         now = time.perf_counter()
@@ -215,7 +216,8 @@ class LapTimer:
         self.last = now
 
     def metrics(self):
-        return {f"time_{name}_s": round(value, 3) for name, value in self.seconds.items()}
+        seconds = self.seconds | {"together": team().seconds - self.together}
+        return {f"time_{name}_s": round(value, 3) for name, value in seconds.items()}
 
 
 @contextmanager

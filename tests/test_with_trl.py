@@ -60,4 +60,4 @@ def test_its_gradient_is_ours(four_bit, monkeypatch, tmp_path):
 
 
 def test_too_few_rows_say_so(capsys):
-    assert_refused(main, ["--rows", "16", "--eval-questions", "2", "--steps", "1"], "--rows", capsys)
+    assert_refused(main, ["--rows", "16", "--eval-questions", "2"], "--rows", capsys)

@@ -1,0 +1,125 @@
+"""One run on several processes: how work is dealt, and real processes that talk by gloo."""
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import metrics
+
+from engine.launched import Team, Unpickler, without_caches
+from engine.runs import checkpoint_files
+from engine.sampling import RaggedCache
+from trace_mini import HERE
+from tree import leaves, nodes
+from world.example import example_tree
+
+FLAGS = ("--budget 900 --eval-questions 6 --pool-size 12 --checkpoint-every 1 "
+         "--predictor probe --out").split()
+
+
+class One(Team):
+    """The process `rank` of two, whose partner has told `told`."""
+
+    def __init__(self, rank, told=None):
+        self.rank, self.count, self.told = rank, 2, told
+
+    def gather(self, thing):
+        return [thing, self.told] if self.rank == 0 else [self.told, thing]
+
+
+def test_trees_are_dealt_whole_the_heaviest_first():
+    """5 and 3 + 3 are as even as it gets; what somebody has already stays there and counts."""
+    roots = [example_tree() for _ in range(4)]
+    anchors = [*roots[:3], roots[1].children[0]]
+    assert One(0).deal(anchors, [3, 2, 3, 3]) == roots[:3]
+    assert [root.owner for root in roots[:3]] == [1, 0, 1]
+    One(1).deal(roots, [3, 5, 3, 1])
+    assert [root.owner for root in roots] == [1, 0, 1, 0]
+    assert [One(1).owns(root) for root in roots] == [True, False, True, False]
+
+
+def test_a_tree_arrives_whole_and_without_caches():
+    """Below the root that is known there: nodes, numbers, hidden states; parents hold."""
+    theirs, here = example_tree(), example_tree()
+    here.children, here.owner, theirs.owner = [], 1, 1
+    rollout = SimpleNamespace(anchor=here, node=here, sample=3)
+    for node in nodes(theirs):
+        node.hidden = node.middle = np.full(4, node.depth)
+        node.cache = RaggedCache(1), 0
+    One(0, without_caches({0: theirs})).exchange([here], [rollout])
+    assert len(nodes(here)) == len(nodes(theirs)) and here.middle[0] == 0
+    assert all(leaf.parent and leaf.hidden[0] == leaf.depth for leaf in leaves(here))
+    assert all(node.cache is None for node in nodes(here))
+    assert rollout.node.sample == 3 and rollout.node.is_leaf
+    assert here.children[0].parent is here and theirs.children[0].cache is not None
+
+
+def test_nothing_else_is_left_out():
+    thing = {"a": (1, "b"), "c": ()}
+    assert Unpickler(io.BytesIO(without_caches(thing))).load() == thing
+
+
+# ---------------------------------------------------------------- real processes
+def launch(num, *flags):
+    """A running command on `num` processes."""
+    command = [sys.executable, "trace_mini.py"]
+    if num > 1:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+                   "--num_processes", str(num), "--main_process_port", "0", "trace_mini.py"]
+    return subprocess.Popen([*command, *map(str, flags)], cwd=HERE, stderr=subprocess.PIPE,
+                            stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run(num, *flags):
+    process = launch(num, *flags)
+    error = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, error
+
+
+@pytest.mark.long
+def test_two_processes_make_the_run_of_one(tmp_path):
+    """The first step to the last digit, but for rounding in loss and gradient; the next ones as
+    far as rounding goes. A budget of two prompts leaves one process with one of them."""
+    for num in (1, 2):
+        run(num, "--steps", 3, *FLAGS, tmp_path / str(num))
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    for step, (ours, theirs) in enumerate(zip(one, two, strict=True)):
+        for name, value in ours.items():
+            if not name.startswith(("time_", "memory_")):
+                exact = step == 0 and name not in ("loss", "grad_norm", "predictor_loss")
+                assert theirs[name] == (value if exact else pytest.approx(value, abs=1e-4)) or (
+                    step and name == "predictor_auroc"), (step, name)  # ranks of near ties
+    assert (tmp_path / "1" / "predictions.json").read_text() == (
+        tmp_path / "2" / "predictions.json").read_text()
+
+
+@pytest.mark.long
+def test_a_process_without_a_prompt_of_its_own(tmp_path):
+    run(2, "--steps", 2, "--budget", 60, "--pool-size", 1, "--eval-questions", 1, "--out", tmp_path)
+    assert [row["active_prompts"] for row in metrics(tmp_path)] == [1, 1]
+
+
+@pytest.mark.long
+def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(tmp_path):
+    process = launch(2, "--steps", 40, *FLAGS, tmp_path)
+    deadline = time.time() + 300
+    while len(checkpoint_files(tmp_path)) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-f", "--", f"--out {tmp_path}"], capture_output=True,
+                             text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    began = time.time()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode and time.time() - began < 60
+    assert error.count("another process of this run has ended; --resume") == 1
+    done = len(metrics(tmp_path))
+    run(1, "--resume", tmp_path, "--steps", done + 2)
+    run(2, "--resume", tmp_path, "--steps", done + 3)
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, done + 4))
