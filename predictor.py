@@ -155,7 +155,7 @@ class ProbePredictor(Predictor):
 
     def __init__(self, policy=None, env=None, seed=0, memory=10000):
         self.model, self.memory, self.lessons = RidgeLogistic(self.penalties), memory, None
-        self.losses = torch.zeros(len(self.penalties)).double()  # cross entropy so far, summed over leaves
+        self.losses = torch.zeros(len(self.penalties)).double()  # cross entropy so far
 
     def inputs(self, features):
         return torch.tensor(np.concatenate(

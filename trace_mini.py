@@ -3,7 +3,7 @@
 TRACE decides where in a forest of agent rollouts the next sample is worth most. `train_step`
 below is its loop body, numbered like the method. Simplified, or chosen where the paper is silent:
 
- 1. One process, on one GPU or two CPU cores; sampling and update take turns.
+ 1. Sampling and update take turns, on one GPU or two CPU cores. Processes can share a step.
  2. The predictor is a linear layer on the policy's own hidden states (paper: not public).
  3. A turn's advantage is (V̂(turn) − V̂(root)) / std. A turn that rollouts share is trained once.
  4. One update per batch, on-policy: no ratio to clip, no KL term. The learning rate decays.

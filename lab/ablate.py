@@ -164,8 +164,8 @@ def run_one(lock, run):
 
 def collect(run, jobs):
     """Rows of a finished run, one per evaluation. Effective Ratio (also of eight leaves),
-    leaves per prompt and coverage are means over the steps since the row before. Leaves, loss tokens
-    and minutes (of training, not of evaluation) are counted from the start."""
+    leaves per prompt and coverage are means over the steps since the row before. Leaves, loss
+    tokens and minutes (of training, not of evaluation) are counted from the start."""
     steps = read_lines(run.folder / "metrics.jsonl")
     evals = read_lines(run.folder / "evals.jsonl")
     if run.where:

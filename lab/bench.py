@@ -14,6 +14,8 @@ shapes of Qwen2.5 and random weights (those of 7B take 16 GB of memory, then of 
 tokens per second are real, what they write is not.
 """
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
-from engine.files import write_json
+from engine.files import read_lines, write_json
 from lab.alternatives import (
     by_path,
     by_tree,
@@ -48,6 +50,8 @@ from tree import Node, nodes, path_ids, prefixes, sampled_tokens
 
 POOL = 32               # prompts
 CARDS = (24, 12, 8, 6)  # GiB
+BUDGETS = (8000, 32000)  # tokens per step, on several processes
+LAPS = ("predict", "allocate", "sample", "update")
 TAKEN = 0.6             # GiB of a card that CUDA itself and a desktop take, about
 NUM_WORDS = 151_936     # of Qwen2.5
 SHAPES = {  # width, width of the MLP, layers, heads, key-value heads, are words tied?
@@ -251,7 +255,40 @@ def cards(case):
                 yield row_of(name, "tok/s", [[speed]])
 
 
-PARTS = {"step": step}
+# ---------------------------------------------------------------- several processes
+def processes(case):
+    """Steps on one and on two processes with a thread each, and what of them two cannot share."""
+    if case.name != "tiny":
+        return
+    for budget in BUDGETS:
+        speeds, serial = {1: [], 2: []}, {"predict and allocate": [], "tell and wait": []}
+        for _ in range(case.repeats // 2):
+            for num in speeds:
+                rows = steps_on(num, budget)[1:]  # the first one warms up
+                seconds = sum(row[f"time_{name}_s"] for row in rows for name in LAPS)
+                tokens = rows[-1]["sampled_tokens"] - rows[0]["sampled_tokens"]
+                speeds[num].append(tokens * len(rows) / (len(rows) - 1) / seconds)
+            for what, names in zip(serial, (("predict", "allocate"), ("together",))):
+                own = sum(row[f"time_{name}_s"] for row in rows for name in names)
+                serial[what].append(100 * own / seconds)
+        step_name = f"a step of {budget:,} tokens on two processes"
+        yield row_of(f"{case.name}: {step_name} (other: on one)", "tok/s", [speeds[2], speeds[1]])
+        for what, shares in serial.items():
+            yield row_of(f"{case.name}: share of {step_name}: {what}", "%", [shares])
+
+
+def steps_on(num, budget):
+    """Metrics of the steps of a run on so many processes, a thread each."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*(launcher if num > 1 else ()), "trace_mini.py", "--steps", "4", "--budget",
+                   str(budget), "--eval-questions", "2", "--out", f"{folder}/run"]
+        subprocess.run([sys.executable, *command], cwd=HERE, check=True, capture_output=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return read_lines(Path(folder, "run", "metrics.jsonl"))
+
+
+PARTS = {"step": step, "processes": processes}
 if torch.cuda.is_available():
     PARTS["cards"] = cards
 PARTS["engine"] = engine  # last: from then on this process holds memory of the GPU

@@ -17,7 +17,7 @@ from conftest import assert_refused, metrics
 
 from engine.command_line import dial
 from lab import ablate
-from lab.ablate import HOW, PRESETS, Run, gather, made_with, main, plan, run_all, score_transfer
+from lab.ablate import HOW, PRESETS, Run, made_with, main, plan, run_all, score_transfer
 from lab.stats import interval, sign_flip, summary
 from lab.tables import (
     area,
