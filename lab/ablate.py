@@ -71,7 +71,11 @@ tuning      trace-1.8e-3    4  --method trace --learning-rate 1.8e-3
 tuning      trace-2.7e-3    4  --method trace --learning-rate 2.7e-3
 tuning      pcl-1.2e-3      4  --method pcl --predictor probe --learning-rate 1.2e-3
 tuning      pcl-1.8e-3      4  --method pcl --predictor probe --learning-rate 1.8e-3
-tuning      pcl-2.7e-3      4  --method pcl --predictor probe --learning-rate 2.7e-3""".split("\n"):
+tuning      pcl-2.7e-3      4  --method pcl --predictor probe --learning-rate 2.7e-3
+tuning      grpo-4e-3       4  --method grpo --learning-rate 4e-3
+tuning      treepo-4e-3     4  --method treepo --learning-rate 4e-3
+tuning      trace-4e-3      4  --method trace --learning-rate 4e-3
+tuning      pcl-4e-3        4  --method pcl --predictor probe --learning-rate 4e-3""".split("\n"):
     preset, arm, num_seeds, flags = line.split(maxsplit=3)
     PRESETS.setdefault(preset, {})[arm] = int(num_seeds), flags
 
