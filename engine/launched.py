@@ -74,13 +74,15 @@ class Team(Alone):
         return result
 
     def add_up(self, weights, number):
+        trained = any(w.grad is not None for w in weights)  # something, here
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         flat = torch.cat([*(grad.flatten().float() for grad in grads),
-                          torch.tensor([number], device=grads[0].device)])
+                          torch.tensor([number, trained], device=grads[0].device)])
         self.together(torch.distributed.all_reduce, flat)
-        for w, total in zip(weights, flat[:-1].split([w.numel() for w in weights])):
-            w.grad = total.view_as(w).to(w.dtype)
-        return flat[-1].item()
+        if flat[-1]:  # else there stays no gradient, as with one process
+            for w, total in zip(weights, flat[:-2].split([w.numel() for w in weights])):
+                w.grad = total.view_as(w).to(w.dtype)
+        return flat[-2].item()
 
     def gather(self, thing):
         """What each process has, in order."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import metrics
 
 from engine.launched import Team, Unpickler, without_caches
@@ -62,6 +63,24 @@ def test_a_tree_arrives_whole_and_without_caches():
 def test_nothing_else_is_left_out():
     thing = {"a": (1, "b"), "c": ()}
     assert Unpickler(io.BytesIO(without_caches(thing))).load() == thing
+
+
+@pytest.mark.parametrize("ours, theirs", [(None, None), (1.0, 2.0), (None, 2.0)])
+def test_gradients_add_up_and_none_stays_none(ours, theirs):
+    """A gradient of zeros would let Adam's momentum move the weights."""
+    def all_reduce(work, flat):
+        if theirs is not None:
+            flat += torch.tensor([theirs, theirs, theirs, theirs, 10.0, 1.0])
+    crew, weights = One(0), [torch.zeros(3), torch.zeros(1)]
+    crew.together = all_reduce
+    for weight in weights:
+        weight.grad = None if ours is None else torch.full_like(weight, ours)
+    assert crew.add_up(weights, 0.5) == (0.5 if theirs is None else 10.5)
+    for weight in weights:
+        if ours is theirs is None:
+            assert weight.grad is None
+        else:
+            assert (weight.grad == (ours or 0) + theirs).all()
 
 
 # ---------------------------------------------------------------- real processes
