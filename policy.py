@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
     learning_rate: float     # of AdamW on the LoRA weights
 
 
-EMBEDDED_SIZES = Sizes(40, 160, 768, 1.2e-3)  # of the policies in the box
+EMBEDDED_SIZES = Sizes(40, 160, 768, 2.7e-3)  # of the policies in the box
 OTHER_SIZES = Sizes(128, 256, 4096, 1e-4)
 
 

@@ -148,9 +148,10 @@ class FreshPredictor(HeadPredictor):
 
 class ProbePredictor(Predictor):
     """Beyond the paper: a logistic regression with an L2 penalty on all features, those of a middle
-    layer among them. After every step it is fitted anew, to its end, to the last `memory` anchors
-    together. Of several penalties the one serves whose past predictions were best: each is scored
-    on what it had not seen yet. Where two are level, as at the start, the first one serves."""
+    layer among them. After every step it is fitted to the last `memory` anchors together, from
+    where the last fit ended. Of several penalties the one serves whose past predictions were
+    best: each is scored on what it had not seen yet. Where two are level, as at the start, the
+    first one serves."""
     penalties = 10000.0, 3000.0, 1000.0, 300.0
 
     def __init__(self, policy=None, env=None, seed=0, memory=10000):
@@ -194,7 +195,7 @@ class OraclePredictor(Predictor):
     """A diagnostic: V by Monte Carlo, from `num` rollouts per anchor, which no budget pays."""
     state = ("calls",)
 
-    def __init__(self, policy, env, seed=0, num=16):
+    def __init__(self, policy, env, seed=0, num=8):
         self.policy, self.env, self.seed, self.num, self.calls = policy, env, seed, num, 0
 
     def predict(self, features):

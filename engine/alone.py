@@ -17,9 +17,11 @@ class Alone:
         return True
 
     def own(self, rollouts):
+        """Those that are played here."""
         return [rollout for rollout in rollouts if self.owns(rollout.anchor)]
 
     def part(self, items):
+        """Every count-th item, of a list that is shared out evenly."""
         return items[self.rank::self.count]
 
     def exchange(self, roots, rollouts):
@@ -30,7 +32,7 @@ class Alone:
         """Tell all the hidden states of these roots: each process has fed its part."""
 
     def any(self, value):
-        """Is it true in one process?"""
+        """Is it true in at least one process?"""
         return bool(value)
 
     def first(self, work):

@@ -171,6 +171,8 @@ def run_main(program, work, hint=""):
         print(f"{program}: stopped at once{hint}", file=sys.stderr)
         return 130
     except UsageError as error:
+        if team().rank:
+            return 2  # all processes have found it: the first one says so
         code, text = 2, str(error)
     except NotFinite as error:
         code, text = 1, str(error)
@@ -181,6 +183,5 @@ def run_main(program, work, hint=""):
                          f"--context take less{hint}")
     except OSError as error:  # a full disk, above all
         code, text = 2, first_line(error) + hint
-    if team().rank == 0:  # what the user can mend, all processes have found
-        print(f"{program}: {text}", file=sys.stderr)
+    print(f"{program}: {text}", file=sys.stderr)
     return code

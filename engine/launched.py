@@ -1,7 +1,5 @@
 """What several processes of one run tell each other (engine/processes.py), by accelerate."""
-import io
 import os
-import pickle
 import signal
 import time
 from collections import Counter
@@ -11,8 +9,9 @@ import torch
 from accelerate import PartialState
 
 from engine.alone import Alone
-from engine.sampling import RaggedCache
-from tree import leaves, path
+from engine.caches import forget_caches
+from engine.errors import UsageError
+from tree import leaves, nodes, path
 
 
 class Team(Alone):
@@ -32,6 +31,8 @@ class Team(Alone):
             if root.owner is None:
                 root.owner = int(total.argmin())
             total[root.owner] += load
+            if root.owner != self.rank:
+                forget_caches([root])  # fed here as a part of the pool
         return list(loads)
 
     def owns(self, node):
@@ -39,16 +40,25 @@ class Team(Alone):
 
     def exchange(self, roots, rollouts):
         own = {i: root for i, root in enumerate(roots) if self.owns(root)}
-        for told in self.gather(without_caches(own)):
-            for i, tree in Unpickler(io.BytesIO(told)).load().items():
+        for told in self.gather_without_caches(own):
+            for i, tree in told.items():
                 if i not in own:
-                    roots[i].hidden, roots[i].middle = tree.hidden, tree.middle
-                    roots[i].children = tree.children
-                    for child in tree.children:
-                        child.parent = roots[i]
+                    adopt(roots[i], tree)
         ends = {root: {leaf.sample: leaf for leaf in leaves(root)} for root in roots}
         for rollout in rollouts:
             rollout.node = ends[path(rollout.anchor)[0]][rollout.sample]
+
+    def gather_without_caches(self, own):
+        """What each process has, {i: root}; caches stay where they are."""
+        kept = []
+        for root in own.values():
+            for node in [*nodes(root), *filter(None, [root.preamble])]:
+                kept.append((node, node.cache))
+                node.cache = None
+        told = self.gather(own)
+        for node, cache in reversed(kept):  # the first note of a shared preamble is the true one
+            node.cache = cache
+        return told
 
     def exchange_states(self, roots):
         own = [(root.hidden, root.middle) for root in self.part(roots)]
@@ -95,32 +105,25 @@ class Team(Alone):
         began = time.perf_counter()
         try:
             work(*args)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # a process is not there any more
             end()
         self.seconds += time.perf_counter() - began
 
 
-class Pickler(pickle.Pickler):
-    """Leaves out caches, and where in them a path lies."""
-
-    def persistent_id(self, thing):
-        in_cache = isinstance(thing, tuple) and thing and isinstance(thing[0], RaggedCache)
-        return "a place in a cache" if in_cache else None
-
-
-class Unpickler(pickle.Unpickler):
-    def persistent_load(self, name):
-        return None
-
-
-def without_caches(trees):
-    """-> bytes"""
-    Pickler(stream := io.BytesIO()).dump(trees)
-    return stream.getvalue()
+def adopt(root, tree):
+    """Put what another process has grown below its copy of the root below ours."""
+    if root.state.question.id != tree.state.question.id:
+        raise UsageError("the processes do not agree on the prompts of a step: are their machines "
+                         "and versions alike?")
+    root.hidden, root.middle, root.children = tree.hidden, tree.middle, tree.children
+    for child in tree.children:
+        child.parent = root
 
 
 def end(*_):
-    """In one line, whatever is being done: it may wait for a process that is no more."""
+    """Say so and stop, whatever is being done: it may wait for a process that is no more."""
     os.write(2, b"another process of this run has ended; --resume DIR goes on from its last "
-             b"checkpoint\n")
+             b"checkpoint, if there is one\n")
     os._exit(1)

@@ -186,7 +186,7 @@ def collect(run, jobs):
         row = {"arm": run.arm, "seed": run.seed, "made_with": run.made_with,
                "hardware": f"{hardware}, {jobs} at once", "minutes": sum(times) / 60,
                "eval_em": result["em"], "eval_f1": result["f1"]}
-        for name in ("step", "sampled_tokens", "num_questions"):
+        for name in ("step", "sampled_tokens", "em_first", "num_questions"):
             row[name] = result[name]
         for name in ("leaves", "loss_tokens"):
             row[name] = sum(step[name] or 0 for step in done)

@@ -6,8 +6,10 @@ deal, and the other half what that is worth: so chance alone gains nothing. The 
 better, gains at least as much.
 
 headroom of stage 1  expected mixed groups of the exact optimum over those of equal groups on random
-                     prompts, at the same number of bare rollouts. 1: no predictor can help
+                     prompts, at the same number of bare rollouts. Near 1 there is little to win
 headroom of stage 2  expected flips of the exact optimum over those of random prefixes, likewise
+
+Both are nan where nothing was ever solved, or everything always.
 """
 import sys
 import time
@@ -54,7 +56,7 @@ def headroom_of_roots(wins, num, per_prompt):
     for known, told in (wins, wins[::-1]):
         found += mixed(told, num, allocate_roots(known / num, per_prompt * len(known))).sum() / 2
     equal = np.mean(mixed(wins.ravel(), num, np.full(wins.size, GROUP)))
-    return found / (equal * per_prompt * wins.shape[1] / GROUP)
+    return found / (equal * per_prompt * wins.shape[1] / GROUP) if equal else float("nan")
 
 
 def headroom_of_prefixes(trees, num):
@@ -65,20 +67,25 @@ def headroom_of_prefixes(trees, num):
         for known, told in (wins, wins[::-1]):
             repeats = np.where(outcomes == 1, told, num - told)
             k = expand_prefixes(known / num, outcomes, PER_BARE * BARE)
-            found += (1 - alike(repeats, num, k))[k > 0].sum()
-            random += expected_random(repeats / num)
-    return found / random
+            found += (1 - alike(repeats, num, k)).sum()
+            random += expected_random(repeats, num)
+    return found / random if random else float("nan")
 
 
-def expected_random(repeat):
-    """Expected flips of PER_BARE * BARE continuations, each at a random one of these prefixes: the
-    number at a prefix is binomial, so E[q^k] = (1 - (1 - q) / n)^budget."""
-    n = len(repeat)
-    return np.sum(1 - (1 - (1 - repeat) / n) ** (PER_BARE * BARE))
+def expected_random(repeats, num):
+    """Expected flips of PER_BARE * BARE continuations, each at a random one of these prefixes,
+    whose outcome so many of `num` continuations repeat: k at a prefix is binomial."""
+    budget, n, flips = PER_BARE * BARE, len(repeats), 0.0
+    for k in range(budget + 1):
+        chance = comb(budget, k) * (1 / n) ** k * (1 - 1 / n) ** (budget - k)
+        flips += chance * (1 - alike(repeats, num, np.full(n, k))).sum()
+    return flips
 
 
 def measure(config, num_questions, num_rollouts):
     """-> {what: number}"""
+    if config.eval_only:
+        raise UsageError("--eval-only: headroom is that of the questions to train on")
     data, policy = load_data(config), load_policy(config)
     data = data.that_fit(policy)
     if config.resume:

@@ -6,19 +6,19 @@ from lab.stats import interval, mean_and_band
 
 
 def draw_arms(rows, file):
-    """Write the mean of eval_em per arm over its seeds, from three seeds on with a 95 % t
-    interval; -> Path. A row: {arm, seed, sampled_tokens, eval_em}, a share from 0 to 1. Arms
+    """Write the mean of em_first per arm over its seeds, from three seeds on with a 95 % t
+    interval; -> Path. A row: {arm, seed, sampled_tokens, em_first}, a share from 0 to 1. Arms
     NAME@X share a panel with those @X only. The y axis spans the middle 90 % of the rows and 5
     points more: a seed that collapsed does not flatten the rest."""
     arms = {}  # {arm: {seed: [(tokens, y in %)]}}
     for row in rows:
         seeds = arms.setdefault(row["arm"], {})
-        seeds.setdefault(row["seed"], []).append((row["sampled_tokens"], 100 * row["eval_em"]))
+        seeds.setdefault(row["seed"], []).append((row["sampled_tokens"], 100 * row["em_first"]))
     names = sorted({arm.partition("@")[0] for arm in arms})
     worlds = sorted({arm.partition("@")[2] for arm in arms})
     figure = Picture(figsize=(6.4, 4.2 * len(worlds)), layout="constrained")
     panels = figure.subplots(len(worlds), sharey=True, squeeze=False)[:, 0]
-    low, high = np.quantile([100 * row["eval_em"] for row in rows], (0.05, 0.95))
+    low, high = np.quantile([100 * row["em_first"] for row in rows], (0.05, 0.95))
     panels[0].set_ylim(low - 5, high + 5)
     for arm, seeds in sorted(arms.items()):
         name, _, world = arm.partition("@")

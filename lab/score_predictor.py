@@ -7,7 +7,7 @@ new bare rollouts. Fresh continuations of every anchor tell what is true. They c
 halves: one half is the truth, and the other half is scored as the predictor "truth". Nothing
 can be scored better than that, but for noise. But a question does not tell which facts are hidden,
 so the truth is out of reach. The predictor "ceiling" says what can be known: the probe, taught by
-rollouts of the policy as it is, from ten times as many prompts as the run has seen.
+rollouts of the policy as it is, from ten times as many prompts as the run has seen, or from all.
 
 brier   mean squared error over leaves, 0 to 1, lower is better (predictor.py)
 auroc   chance that a success is predicted above a failure, 0.5 is a guess (predictor.py)
@@ -80,7 +80,8 @@ def draw_sample(policy, env, questions, num, predictors):
 
 
 def ceiling(policy, data, num):
-    """The probe, taught by the bare rollouts of `num` prompts."""
+    """The probe, taught by the bare rollouts of `num` prompts, or of all there are. It learns in
+    two parts: the second one tells which penalty has predicted best."""
     teacher, trees = ProbePredictor(memory=10 ** 6), []
     questions = data.train[:num]
     for i in tqdm(range(0, len(questions), 100), "ceiling", leave=False):
@@ -89,7 +90,8 @@ def ceiling(policy, data, num):
         for root in roots:
             backup(root)
         trees += roots
-    score_and_update(teacher, trees)
+    for part in (trees[::2], trees[1::2]):
+        score_and_update(teacher, part)
     return teacher
 
 

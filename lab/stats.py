@@ -3,8 +3,8 @@ from math import lcm
 
 import numpy as np
 
-UNIT = 1 / 6000  # exact match is a multiple of this, as a mean of three times 1,000 questions, or
-                 # of 2,000
+UNIT = 1 / 12000  # differences of exact match are multiples of this: means of three times 1,000
+                  # questions, or of 2,000, and halves of them
 
 
 def student_t(df):

@@ -70,10 +70,8 @@ def finished(runs, rows):
 
 # ---------------------------------------------------------------- scores of runs
 def curve(rows):
-    """-> [2, n]: sampled tokens, and exact match. In protocol 1 that is of the questions which
-    every evaluation asked."""
-    points = [(row["sampled_tokens"], row.get("em_first", row["eval_em"])) for row in rows]
-    return np.array(points).T
+    """-> [2, n]: sampled tokens, and exact match on the questions that every evaluation asked."""
+    return np.array([(row["sampled_tokens"], row["em_first"]) for row in rows]).T
 
 
 def area(rows):
@@ -83,10 +81,11 @@ def area(rows):
 
 
 def end(rows, name="eval_em"):
-    """Mean of a column over the evaluations that asked as many questions as the last one, or
-    nan."""
+    """Mean of a column over the evaluations after the start that asked as many questions as the
+    last one, or nan."""
     most = rows[-1]["num_questions"]
-    return np.mean([row.get(name, np.nan) for row in rows if row["num_questions"] == most])
+    large = [row for row in rows if row["num_questions"] == most and row["step"] > 0]
+    return np.mean([row.get(name, np.nan) for row in large])
 
 
 def column(name):

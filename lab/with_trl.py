@@ -5,25 +5,21 @@ prompt is all that stands before it, and its mask is 1 on what the policy wrote,
 which rollouts share are trained once. TRL subtracts the mean reward of a group. So all rows are one
 group, the reward is the credit, and an empty row carries minus the sum of all credit: the mean is
 zero, and credit arrives as it is. With the loss "dapo" it is the loss of policy.update.
-
-Takes the flags of trace_mini.py, but a step makes as many rollouts as surely fit into its rows,
-whatever the --budget. Needs `pip install trl`.
+Flags are those of trace_mini.py, but a step makes as many rollouts as surely fit into its rows,
+whatever the --budget. TRL's first step has a learning rate of 0. Needs `pip install trl`.
 """
-import os
 import sys
 from itertools import chain
 
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
+from engine.processes import team
 from engine.schedule import WARM_UP, Schedule
 from policy import load_policy
 from predictor import PREDICTORS
 from trace_mini import State, evaluate, parse_config, train_step
 from tree import path_ids
 from world.questions import MAX_TURNS, Prompts, load_data
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change: we know
-
 
 class Rows(Schedule):
     """As many bare rollouts in every step as surely fit into `budget` rows."""
@@ -46,6 +42,8 @@ class Lent:
 
     def update(self, credits, learning_rate):
         self.credits = credits
+        if self.policy.preamble:
+            self.policy.preamble.cache = None  # of weights that TRL is about to change
         return {"update_skipped": 0}
 
 
@@ -62,21 +60,15 @@ def make_rollout_func(config, policy, data, rows):
 
 def rows_of(credits, num):
     """`num` rows of the turns that have credit; the last ones are empty."""
-    rows = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": [], "credit": []}
-
-    def add(*values):
-        for row, value in zip(rows.values(), values, strict=True):
-            row.append(value)
-
+    rows = []
     for node, value in chain(*(credit.items() for credit in credits)):
-        written = node.ids[:node.num_sampled].tolist()
-        if written:
-            add(path_ids(node.parent).tolist(), written, node.logprobs.tolist(),
-                [1] * len(written), float(value))
-    total = sum(rows["credit"])
-    for i in range(num - len(rows["credit"])):
-        add([0], [0], [0.0], [0], 0.0 if i else -total)
-    return rows
+        if written := node.ids[:node.num_sampled].tolist():
+            rows.append((path_ids(node.parent).tolist(), written, node.logprobs.tolist(),
+                         [1] * len(written), float(value)))
+    rows.append(([0], [0], [0.0], [0], -sum(value for *_, value in rows)))
+    rows += [([0], [0], [0.0], [0], 0.0)] * (num - len(rows))
+    names = "prompt_ids", "completion_ids", "logprobs", "env_mask", "credit"
+    return dict(zip(names, map(list, zip(*rows))))
 
 
 def reward(completions, credit, **others):
@@ -96,7 +88,7 @@ def make_trainer(config, policy, data, rows, micro_rows=8, **options):
                 "learning_rate": policy.learning_rate, "warmup_steps": WARM_UP, "report_to": "none",
                 "use_cpu": policy.device.type == "cpu", "bf16": False, "logging_steps": 1,
                 "save_strategy": "no", "gradient_checkpointing": False}
-    questions = Dataset.from_dict({"prompt": ["which question, ours decides"] * rows})
+    questions = Dataset.from_dict({"prompt": ["ours are taken instead"] * rows})
     trainer = GRPOTrainer(policy.model, reward, GRPOConfig(**settings | options), questions,
                           processing_class=policy.tokenizer,
                           rollout_func=make_rollout_func(config, policy, data, rows))
@@ -114,12 +106,14 @@ def main(arguments=None):
     def work():
         config = parse_config(others)
         Rows(args.rows, config.num_continuations).num_bare()  # before anything is loaded
+        other = config.resume or config.eval_only or config.cold_start or team().count > 1
+        if other or args.rows % 8:
+            raise UsageError("--rows must be a multiple of 8; there is one process here, and no "
+                             "--resume, --eval-only or --cold-start")
         policy = load_policy(config)
         data = load_data(config).that_fit(policy)
-        for trainer in (None, make_trainer(config, policy, data, args.rows)):
-            if trainer:
-                trainer.train()
-            print(f"held-out exact match {evaluate(policy, data.eval_env, data.eval)['em']:.3f}")
+        make_trainer(config, policy, data, args.rows).train()
+        print(f"held-out exact match {evaluate(policy, data.eval_env, data.eval)['em']:.3f}")
     return run_main("lab.with_trl", work)
 
 

@@ -1,10 +1,11 @@
 """One run on several processes: how work is dealt, and real processes that talk by gloo."""
-import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,11 @@ import pytest
 import torch
 from conftest import metrics
 
-from engine.launched import Team, Unpickler, without_caches
+from engine.errors import UsageError
+from engine.launched import Team
 from engine.runs import checkpoint_files
-from engine.sampling import RaggedCache
 from trace_mini import HERE
-from tree import leaves, nodes
+from tree import Node, leaves, nodes
 from world.example import example_tree
 
 FLAGS = ("--budget 900 --eval-questions 6 --pool-size 12 --checkpoint-every 1 "
@@ -44,25 +45,36 @@ def test_trees_are_dealt_whole_the_heaviest_first():
     assert [One(1).owns(root) for root in roots] == [True, False, True, False]
 
 
-def test_a_tree_arrives_whole_and_without_caches():
-    """Below the root that is known there: nodes, numbers, hidden states; parents hold."""
+def test_a_tree_is_told_whole_and_without_caches():
+    """Caches stay where they are; that of the preamble, which trees share, too."""
+    trees, told = [example_tree() for _ in range(2)], []
+    preamble = Node(np.arange(3), 0, None)
+    for node in [preamble, *nodes(trees[0]), *nodes(trees[1])]:
+        node.cache = object(), 0  # it could not be told
+    trees[0].preamble = trees[1].preamble = preamble
+    crew = One(0)
+    crew.gather = lambda own: told.append(pickle.dumps(own)) or [own, {}]
+    crew.exchange(trees, [])
+    assert all(node.cache for node in [preamble, *nodes(trees[0]), *nodes(trees[1])])
+    assert len(nodes(pickle.loads(told[0])[1])) == len(nodes(trees[1]))
+
+
+def test_a_tree_arrives():
+    """Below the root that is known there: nodes, hidden states, ends of rollouts; parents hold.
+    One of another question is refused."""
     theirs, here = example_tree(), example_tree()
     here.children, here.owner, theirs.owner = [], 1, 1
     rollout = SimpleNamespace(anchor=here, node=here, sample=3)
     for node in nodes(theirs):
         node.hidden = node.middle = np.full(4, node.depth)
-        node.cache = RaggedCache(1), 0
-    One(0, without_caches({0: theirs})).exchange([here], [rollout])
+    One(0, {0: theirs}).exchange([here], [rollout])
     assert len(nodes(here)) == len(nodes(theirs)) and here.middle[0] == 0
     assert all(leaf.parent and leaf.hidden[0] == leaf.depth for leaf in leaves(here))
-    assert all(node.cache is None for node in nodes(here))
     assert rollout.node.sample == 3 and rollout.node.is_leaf
-    assert here.children[0].parent is here and theirs.children[0].cache is not None
-
-
-def test_nothing_else_is_left_out():
-    thing = {"a": (1, "b"), "c": ()}
-    assert Unpickler(io.BytesIO(without_caches(thing))).load() == thing
+    assert here.children[0].parent is here
+    here.state = replace(here.state, question=replace(here.state.question, id="another"))
+    with pytest.raises(UsageError, match="do not agree"):
+        One(0, {0: theirs}).exchange([here], [])
 
 
 @pytest.mark.parametrize("ours, theirs", [(None, None), (1.0, 2.0), (None, 2.0)])

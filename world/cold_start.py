@@ -7,11 +7,10 @@ needed afterwards. Nothing here is sampled.
 """
 import itertools
 
-from tqdm import tqdm
-
 from engine.errors import NotFinite, UsageError
 from engine.files import write_json
-from engine.runs import say
+from engine.processes import team
+from engine.runs import progress_bar, say
 from react_env import split_completion
 from rollout import Rollout, end_turn
 from tree import nodes
@@ -41,8 +40,8 @@ def cold_start(policy, num, seed, folder, stopped=()):
     `stopped` the run ends; it cannot go on."""
     stream = itertools.islice(practice(FIRST_WIKI + 1000 * seed, MAX_TURNS), num)
     tokens, losses = 0, []
-    for first in tqdm(range(0, num, PER_UPDATE), "cold start", unit="update", leave=False):
-        if stopped:
+    for first in progress_bar(range(0, num, PER_UPDATE), "cold start", leave=False):
+        if team().any(stopped):
             raise UsageError(f"{folder}: stopped in the cold start; nothing was saved")
         credits = []
         for env, question in itertools.islice(stream, PER_UPDATE):
