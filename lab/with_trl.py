@@ -1,12 +1,12 @@
 """The way on to TRL: our rollouts and credit in its GRPOTrainer. python -m lab.with_trl
 
 `rollout_func(prompts, trainer)` returns exactly len(prompts) rows, one per turn with credit: its
-prompt is all that stands before it, and its mask is 1 on what the policy wrote, so that turns
-which rollouts share are trained once. TRL subtracts the mean reward of a group. So all rows are one
-group, the reward is the credit, and an empty row carries minus the sum of all credit: the mean is
-zero, and credit arrives as it is. With the loss "dapo" it is the loss of policy.update.
-Flags are those of trace_mini.py, but a step makes as many rollouts as surely fit into its rows,
-whatever the --budget. TRL's first step has a learning rate of 0. Needs `pip install trl`.
+prompt is all that stands before it, and its mask is 1 on what the policy wrote, so that shared
+turns are trained once. TRL subtracts the mean reward of a group. So all rows are one group, the
+reward is the credit, and an empty row carries minus the sum of all credit: the mean is zero, and
+credit arrives as it is. With the loss "dapo" it is the loss of policy.update. Flags are those of
+trace_mini.py, but a step makes as many rollouts as surely fit into its rows, whatever the
+--budget. TRL's first step has a learning rate of 0. Needs `pip install trl`.
 """
 import sys
 from itertools import chain
@@ -66,9 +66,8 @@ def rows_of(credits, num):
             rows.append((path_ids(node.parent).tolist(), written, node.logprobs.tolist(),
                          [1] * len(written), float(value)))
     rows.append(([0], [0], [0.0], [0], -sum(value for *_, value in rows)))
-    rows += [([0], [0], [0.0], [0], 0.0)] * (num - len(rows))
-    names = "prompt_ids", "completion_ids", "logprobs", "env_mask", "credit"
-    return dict(zip(names, map(list, zip(*rows))))
+    columns = map(list, zip(*rows, *[([0], [0], [0.0], [0], 0.0)] * (num - len(rows))))
+    return dict(zip(("prompt_ids", "completion_ids", "logprobs", "env_mask", "credit"), columns))
 
 
 def reward(completions, credit, **others):
@@ -89,9 +88,9 @@ def make_trainer(config, policy, data, rows, micro_rows=8, **options):
                 "use_cpu": policy.device.type == "cpu", "bf16": False, "logging_steps": 1,
                 "save_strategy": "no", "gradient_checkpointing": False}
     questions = Dataset.from_dict({"prompt": ["ours are taken instead"] * rows})
-    trainer = GRPOTrainer(policy.model, reward, GRPOConfig(**settings | options), questions,
-                          processing_class=policy.tokenizer,
-                          rollout_func=make_rollout_func(config, policy, data, rows))
+    trainer = GRPOTrainer(
+        policy.model, reward, GRPOConfig(**settings | options), questions, None, policy.tokenizer,
+        rollout_func=make_rollout_func(config, policy, data, rows))
     for weight in policy.trained:  # of a model in 4 bits it makes them bfloat16
         weight.data = weight.data.float()
     return trainer
