@@ -65,7 +65,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert spent == [row["sampled_tokens"] for row in metrics(tmp_path)]
     rows = read_rows(tmp_path / "predictor.csv")
     mine = [row for row in rows if (row["group"], row["step"]) == ("prefixes", 2)]
-    assert {row["predictor"] for row in mine} == {"truth", *MAKERS} - {"oracle"}
+    assert {row["predictor"] for row in mine} == {"truth", "ceiling", *MAKERS} - {"oracle"}
     assert len({row["true"] for row in mine}) == 1
     halves = [row["predicted"] != row["true"] for row in rows if row["predictor"] == "truth"]
     assert any(halves)  # none is scored against itself
