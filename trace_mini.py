@@ -80,7 +80,7 @@ class Config:
     budget: int = dial(8000, "basic", "tokens sampled per step", 1)
     seed: int = dial(0, "basic", "of everything that is random")
     wiki_seed: int = dial(0, "basic", "of the toy wiki")
-    hop_mix: str = dial(HOP_MIX, "basic", "percent of toy chains with 1, 2, ... hops")
+    hop_mix: str = dial(HOP_MIX, "basic", "percent of tries for a chain of 1, 2, ... hops")
     out: str = dial("", "basic", "run folder (default: a new one in runs/)")
     resume: str = dial("", "basic", "run folder to go on with", free=True)
     cold_start: int = dial(0, "basic", "demonstrations before step 1 (toy only)")

@@ -1,8 +1,8 @@
-"""The arms of an ablation over sampled tokens, and their differences."""
+"""The arms of an ablation over sampled tokens."""
 import numpy as np
 
 from engine.draw import COLOURS, STYLES, Picture, label_axes
-from lab.stats import interval, mean_and_band
+from lab.stats import mean_and_band
 
 
 def draw_arms(rows, file):
@@ -31,20 +31,4 @@ def draw_arms(rows, file):
             axes.fill_between(x, mean - half, mean + half, color=COLOURS[i % 9], alpha=0.15, lw=0)
     for axes in panels:
         label_axes(axes, "held-out exact match in %\n(mean and 95 % interval over seeds)")
-    return figure.write(file)
-
-
-def draw_differences(pairs, file):
-    """Write a line per paired difference, [(words, values in points)]: a dot per seed, the mean and
-    its 95 % t interval; -> Path."""
-    figure = Picture(figsize=(7.2, 1.2 + 0.42 * len(pairs)), layout="constrained")
-    axes = figure.subplots()
-    for y, (words, values) in enumerate(reversed(pairs)):
-        mean, half = interval(values)
-        axes.plot(values, np.full(len(values), y), "o", color=COLOURS[0], ms=4, alpha=0.35, mew=0)
-        axes.errorbar(mean, y, xerr=half, fmt="D", color="black", ms=5, capsize=4, lw=2)
-    axes.axvline(0, color="grey", lw=1)
-    axes.set_yticks(range(len(pairs)), [words for words, _ in reversed(pairs)])
-    axes.set_xlabel("difference of held-out exact match, in points\n"
-                    "(every seed, the mean and its 95 % interval)")
     return figure.write(file)

@@ -116,7 +116,7 @@ def run(num, *flags):
 @pytest.mark.long
 def test_two_processes_make_the_run_of_one(tmp_path):
     """The first step to the last digit, but for rounding in loss and gradient; the next ones as
-    far as rounding goes. A budget of two prompts leaves one process with one of them."""
+    far as rounding goes."""
     for num in (1, 2):
         run(num, "--steps", 3, *FLAGS, tmp_path / str(num))
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")

@@ -10,11 +10,11 @@ from engine.files import fingerprint
 from react_env import ReActEnv, normalize_answer
 from tree import leaves
 from world.files import load_questions
-from world.toy import make_questions, make_world, parse_hop_mix
+from world.toy import HOP_WEIGHTS, make_questions, make_world, parse_hop_mix
 
 NUM_ARTICLES = 1000   # of the toy wiki
 NUM_QUESTIONS = 4000  # of the toy wiki, to train on
-HOP_MIX = "36,32,22,10"  # HOP_WEIGHTS of world/toy.py, in percent
+HOP_MIX = ",".join(f"{100 * weight:.0f}" for weight in HOP_WEIGHTS)  # as text, in percent
 MAX_TURNS = 8         # of an episode, Finish included
 COUNT_DECAY = 0.9     # of counted outcomes, whenever a step adds to them
 
