@@ -26,15 +26,17 @@ import numpy as np
 
 from allocator import (CAP, PREFIX_RULES, ROOT_RULES, Anchors, deal_roots, expand_trees,
                        mixed_prob)
-from engine.command_line import check_dials, dial, load_dials, own_dials, parse_dials, run_main
-from engine.errors import NotFinite, UsageError
+from engine.command_line import check_dials, dial, load_dials, parse_dials, run_main
+from engine.errors import UsageError
 from engine.files import write_json
 from engine.memory import best_device, describe_memory, trim_memory
 from engine.processes import team
-from engine.runs import (Journal, LapTimer, check_inputs, ctrl_c, describe_run, describe_scores,
-                         describe_step, fresh_folder, inputs_of, load_checkpoint, progress_bar,
-                         save_run, say, show, start_folder, tree_metrics)
+from engine.report import tree_rows
+from engine.runs import (Journal, LapTimer, check_inputs, ctrl_c, fresh_folder, inputs_of,
+                         known_of, load_checkpoint, save_run, start_folder)
 from engine.schedule import Schedule, due_evaluations, parse_evaluations
+from engine.tell import (describe_run, describe_scores, describe_step, progress_bar, say, show,
+                         tree_metrics)
 from policy import load_policy
 from predictor import PREDICTORS, predict, score_and_update
 from rollout import MOST_TOKENS, grow, prefill
@@ -44,8 +46,6 @@ from world.files import write_predictions
 from world.questions import HOP_MIX, Prompts, load_data, summarise
 
 HERE = Path(__file__).resolve().parent
-SHOW_EVERY = 10  # steps between printed episodes
-MOST_BAD = 10    # steps in a row whose numbers are not finite, then a run stops by itself
 
 
 class Arm(NamedTuple):
@@ -86,6 +86,7 @@ class Config:
     cold_start: int = dial(0, "basic", "demonstrations before step 1 (toy only)")
     checkpoint_every: int = dial(10, "basic", "steps between checkpoints", 1, free=True)
     show_tree: bool = dial(False, "basic", "print a tree, too, with each episode", free=True)
+    save_trees: int = dial(3, "basic", "trees of each step, for report.html", free=True)
     learning_rate: float = dial(None, "method", "at its peak (default: by the model)")
     num_continuations: int = dial(2, "method", "N: continuations per bare rollout", high=100)
     pool_size: int = dial(32, "method", "candidates (not for uniform, pcl, mopps)", 1)
@@ -153,17 +154,17 @@ def train_step(config, state, policy, predictor, data):
 
     # 1. Draw a candidate pool of prompts, more than the budget can roll out.
     num_bare = state.schedule.num_bare()
-    roots = draw_pool(config, state, policy, data, num_bare)
-    prefill(policy, roots)
-    v, sure = predict(predictor, roots)
+    pool = draw_pool(config, state, policy, data, num_bare)
+    prefill(policy, pool)
+    v, sure = predict(predictor, pool)
     lap("predict")
 
     # 2. Stage 1: how many bare rollouts each prompt gets.
-    wins, losses = state.prompts.seen(roots)
+    wins, losses = state.prompts.seen(pool)
     anchors = Anchors(v, successes=wins, failures=losses, concentration=sure,
                       group_size=config.bare_group)
     m = deal_roots(anchors, num_bare, config.root_rule, rng)
-    roots = [root for root, count in zip(roots, m) if count]
+    roots = [root for root, count in zip(pool, m) if count]
     v, m = v[m > 0], m[m > 0]
     lap("allocate")
 
@@ -199,12 +200,11 @@ def train_step(config, state, policy, predictor, data):
 
     finite = not (updated["update_skipped"] or scores["predictor_skipped"])
     state.schedule.advance(len(bare), sum(map(sampled_tokens, roots)), finite)
-    predicted = mixed_prob(v, [root.num_leaves for root in roots])  # as if all began at the root
     return roots, {"step": step + 1, "method": config.method, "seed": config.seed,
                    "sampled_tokens": state.schedule.sampled_tokens,
-                   "predicted_effective_ratio": float(predicted.mean()),
+                   "predicted_effective_ratio": float(mixed_prob(v, m).mean()),
                    "coverage": state.prompts.coverage, **scores, **updated, **lap.metrics(),
-                   **tree_metrics(roots, m, bare, continuations)}
+                   **tree_metrics(pool, bare, continuations)}
 
 
 def draw_pool(config, state, policy, data, num_bare):
@@ -246,8 +246,8 @@ def train(config, policy, data, folder, saved=None, stopped=()):
     state = State.begin(config, data)
     predictor = PREDICTORS[config.predictor](policy, data.env, config.seed)
     parts = {"state": state, "policy": policy, "predictor": predictor}
-    known = {"config": own_dials(config), "inputs": inputs_of(policy, data)}
-    journal, step = Journal(folder, saved["lengths"] if saved else {}), 0
+    known, step = known_of(config, policy, data), 0
+    journal = Journal(folder, saved["lengths"] if saved else {})
     if saved:
         step = saved["state"]["schedule"]["step"]
         for name, part in parts.items():
@@ -256,8 +256,8 @@ def train(config, policy, data, folder, saved=None, stopped=()):
         cold_start(policy, config.cold_start, config.seed, folder, stopped)
 
     def assess(num):
-        row = {"step": step, "sampled_tokens": state.schedule.sampled_tokens}
-        row |= score(policy, data.eval_env, data.eval[:num], folder, min(due.values()))
+        scores = score(policy, data.eval_env, data.eval[:num], folder, min(due.values()))
+        row = {"step": step, "sampled_tokens": state.schedule.sampled_tokens, **scores}
         journal.write("evals", row)
         say(describe_scores(row))
         return row
@@ -267,29 +267,26 @@ def train(config, policy, data, folder, saved=None, stopped=()):
         save_run(folder, 0, known, journal, parts)  # before it evaluates: it may be killed there
         state.schedule.guess(assess(due[0])["tokens"])
         save_run(folder, 0, known, journal, parts)
-    todo = range(step + 1, config.steps + 1)
-    bar = progress_bar(todo, config.method, config.steps, initial=step, unit="step")
+    bar = progress_bar(range(step + 1, config.steps + 1), config.method, config.steps,
+                       initial=step, unit="step")
     for step in bar:
         trees, row = train_step(config, state, policy, predictor, data)
         trim_memory()
         say(describe_step(row))
-        if step % SHOW_EVERY == 0:
-            show(policy, trees, config.show_tree)
-        last, broken = step == config.steps, state.schedule.bad_steps >= MOST_BAD
-        stop = team().any(stopped)  # once: Ctrl-C may come at any moment
+        show(policy, trees, step, config.show_tree)
+        last, stop = step == config.steps, team().any(stopped)  # once: it may change at any moment
         if step in due:
             result = assess(due[step])
             row |= {"eval_em": result["em"], "eval_f1": result["f1"]}
         journal.write("metrics", row)
+        journal.write("trees", tree_rows(policy, trees[:config.save_trees], step))
         bar.set_postfix_str(journal.latest())
-        if last or stop or broken or step % config.checkpoint_every == 0:
+        if last or stop or state.schedule.broken or step % config.checkpoint_every == 0:
             save_run(folder, step, known, journal, parts)
-        if broken:
-            raise NotFinite(f"{folder}: saved and stopped: in the last {MOST_BAD} steps a loss or "
-                            "gradient was not finite; try a smaller --learning-rate")
+        state.schedule.check(folder)
         if stop and not last:
             return say(f"saved after step {step}; python trace_mini.py --resume {folder} goes on")
-    say(f"done: metrics.jsonl, curve.png, predictions and adapter/ are in {folder}")
+    say(f"done: {folder} holds report.html, curve.png, metrics.jsonl, predictions and adapter/")
 
 
 # ---------------------------------------------------------------- command line

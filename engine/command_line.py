@@ -91,6 +91,27 @@ def own_dials(config):
     return {name: getattr(config, name) for name in own if name != "out"}
 
 
+def changed_dials(config):
+    """{flag: value, as text} of what is not at the default of its method."""
+    changed, usual = {}, type(config)(method=config.method)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(usual, field.name):
+            text = "" if field.type is bool else f"{value:g}" if field.type is float else str(value)
+            changed[flag_of(field.name)] = text
+    return changed
+
+
+def command_of(config):
+    """The command line that makes such a run, as text. Of files and folders the names stay: who
+    reads it has them elsewhere."""
+    words = ["python trace_mini.py", "--method", config.method]
+    for flag, text in changed_dials(config).items():
+        if flag not in ("--out", "--resume"):
+            words += [flag, os.path.basename(text) if os.path.isabs(text) else text]
+    return " ".join(filter(None, words))
+
+
 def parse_dials(config_class, description, arguments=None):
     """-> the dataclass. What stands from "Examples:" on in the description ends --help.
 

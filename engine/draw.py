@@ -121,7 +121,7 @@ NUMBERS = {"value": "Numbers: V̂, the mean reward of the leaves below",
            "predicted": "Numbers: Ṽ, the predicted chance of success"}
 
 
-def _mark(node):
+def mark_of(node):
     """The key of the node's look. Expanded is a turn after which rollouts part."""
     if not node.is_leaf:
         return "◆" if node.depth > 0 and len(node.children) > 1 else "─"
@@ -130,7 +130,7 @@ def _mark(node):
     return "…" if node.overflowed or node.state.prediction is None else "✗"
 
 
-def _action(node, text_of):
+def action_of(node, text_of):
     if node.parent is None:
         return "(question)"
     return " ".join(split_completion(text_of(node))[1].split()) or "(no action)"
@@ -150,7 +150,7 @@ def tree_text(root, text_of, width=56):
     lines = textwrap.wrap(root.state.question.text, 75)
     lines.append(f"{'':{width}}     Ṽ     V̂ leaves")
     for node in nodes(root):
-        line = f"{'│  ' * node.depth}{_mark(node)} {_action(node, text_of)}"
+        line = f"{'│  ' * node.depth}{mark_of(node)} {action_of(node, text_of)}"
         line = f"{_cut(line, width):{width}}{_number(node.predicted):>6}"
         if not node.is_leaf:
             line += f"{_number(node.value):>6}{node.num_leaves:7}"
@@ -173,8 +173,8 @@ def draw_tree(root, text_of, title="", estimate="value", label=""):
     axes.text(-0.12, height - 0.9, "\n".join(head), va="top", linespacing=1.5, parse_math=False)
     for node, row in rows.items():
         if node is not root:
-            _draw_turn(axes, node, rows, _action(node, text_of))
-        mark = _mark(node)
+            _draw_turn(axes, node, rows, action_of(node, text_of))
+        mark = mark_of(node)
         marker, fill = LOOKS[mark]
         number = _number(getattr(node, estimate)).lstrip("0")
         axes.plot(node.depth, row, marker, ms=21, mec="black", mfc=fill)

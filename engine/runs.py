@@ -1,4 +1,4 @@
-"""The run folder: metrics, checkpoints, and what a run prints.
+"""The run folder: metrics, trees, checkpoints, adapter.
 
 Nothing is overwritten: a fresh run gets a fresh folder. A checkpoint is one file, written
 aside, flushed and renamed, and the one before it is kept, so that a kill at any moment loses
@@ -9,26 +9,28 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
 from collections import Counter
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from zipfile import ZipFile
 
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 
-from engine.draw import SMOOTH, draw_curve, tree_text
+from engine.command_line import changed_dials, command_of, flag_of, own_dials
+from engine.draw import SMOOTH, draw_curve
 from engine.errors import UsageError, first_line
 from engine.files import read_lines, write_aside, write_json
 from engine.processes import team
-from tree import has_contrast, leaves, nodes, path, path_ids
+from engine.report import write_report
+from engine.tell import describe_scores, say
 
 PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of every checkpoint
+MOST_LETTERS = 100  # of a folder's name
 
 
 def fresh_folder(config):
@@ -44,10 +46,16 @@ def free_folder(config):
             raise UsageError(f"--out {out}: holds a run already; --resume {out} goes on with it")
         return Path(out)
     name = f"{config.method}-{Path(config.data).stem}-s{config.seed}"
-    folder, number = Path("runs") / name, 1
+    changed = changed_dials(config)
+    for flag in map(flag_of, own_dials(config)):
+        if flag in changed and flag not in ("--data", "--seed"):
+            value = os.path.basename(changed[flag])
+            name += flag[1:] + re.sub(r"[^\w.,=-]+", "_", value and f"-{value}")
+    name = Path("runs") / name[:MOST_LETTERS]
+    folder, number = name, 1
     while folder.exists():
         number += 1
-        folder = Path("runs") / f"{name}-{number}"
+        folder = Path(f"{name}-{number}")
     return folder
 
 
@@ -68,7 +76,8 @@ def make_folder(folder, dials, fresh):
 
 
 class Journal:
-    """metrics.jsonl and evals.jsonl, which a resumed run cuts back to its last checkpoint."""
+    """metrics.jsonl, evals.jsonl and trees.jsonl, which a resumed run cuts back to its last
+    checkpoint."""
 
     def __init__(self, folder, lengths):
         """`lengths`: bytes of each that the checkpoint knows; none in a fresh run."""
@@ -77,8 +86,10 @@ class Journal:
 
     def open(self, folder, lengths):
         """In the first process, which writes them. -> what they hold: rewards, last evaluation"""
-        for name in ("metrics", "evals"):
+        for name in ("metrics", "evals", "trees"):
             stream, length = open(folder / f"{name}.jsonl", "ab"), lengths.get(name, 0)
+            if name == "trees":  # the run can do without them
+                length = min(length, stream.tell())
             if stream.tell() < length:
                 raise UsageError(f"{stream.name}: shorter than the checkpoint says, changed by "
                                  "hand; bring it back, or start again in another folder")
@@ -99,7 +110,7 @@ class Journal:
             self.streams[name].flush()
         if name == "metrics":
             self.rewards.append(row["reward_mean"])
-        else:
+        elif name == "evals":
             self.em = row["em"]
 
     def latest(self):
@@ -125,14 +136,14 @@ def checkpoint_files(folder):
 
 
 def save_run(folder, step, known, journal, parts):
-    """Bring a run to the disk: adapter/, curve.png, and checkpoint/step-000010.pt with the
-    state_dict of all `parts` by name and what is `known` of the run: its dials as "config", and
-    its "inputs". The checkpoint before it is kept. All processes hold the same: the first one
-    writes it."""
+    """Bring a run to the disk: adapter/, curve.png, report.html, and checkpoint/step-000010.pt
+    with the state_dict of all `parts` by name and what is `known` of the run (`known_of`). The
+    checkpoint before it is kept. All processes hold the same: the first one writes it."""
     if team().rank:
         return
-    save_adapter(parts["policy"].model, folder)
+    save_adapter(parts["policy"].model, folder, model_card(folder, known))
     draw_curve(folder)
+    write_report(folder, known["command"])
     content = known | {"lengths": journal.sync()}
     for name, part in parts.items():
         content[name] = part.state_dict()
@@ -170,6 +181,13 @@ def load_checkpoint(folder):
     return saved
 
 
+def known_of(config, policy, data):
+    """What a checkpoint tells of a run besides its state: its own dials, what it reads, and a
+    command that makes it."""
+    return {"config": own_dials(config), "inputs": inputs_of(policy, data),
+            "command": command_of(config)}
+
+
 def inputs_of(policy, data):
     """{what a run reads: fingerprint of its content}."""
     return {"model": policy.fingerprint, **data.fingerprints()}
@@ -187,16 +205,38 @@ def check_inputs(folder, saved, inputs):
                              "back, or start a new run")
 
 
-def save_adapter(model, folder):
-    """Write adapter/ in peft's format: PeftModel.from_pretrained(base, folder) loads it. Written
-    aside: it never holds half a file. (Left to find out whether embeddings are to be saved, peft
-    would ask the hub.)"""
+def model_card(folder, known):
+    """Text of adapter/README.md: what was trained, by which command, and how it scores."""
+    base, scores = known["config"]["model"], []
+    if os.path.isabs(base):
+        base = os.path.basename(base)
+    for row in read_lines(folder / "evals.jsonl"):
+        scores.append(describe_scores(row))
+    return f"""\
+---
+library_name: peft
+---
+# LoRA weights for {base}
+
+Trained by trace-mini (TRACE, arXiv 2606.11119) with
+
+    {known["command"]}
+
+{(scores or ["Nothing was evaluated yet."])[-1]}
+"""
+
+
+def save_adapter(model, folder, card=""):
+    """Write adapter/ in peft's format, with a card of our own: PeftModel.from_pretrained(base,
+    folder) loads it. Written aside: it never holds half a file. (Left to find out whether
+    embeddings are to be saved, peft would ask the hub.)"""
     aside, folder = folder / "adapter.part", folder / "adapter"
     shutil.rmtree(aside, ignore_errors=True)  # what a kill may have left
     try:
         model.save_pretrained(aside, save_embedding_layers=False)
     except SafetensorError as error:  # a full disk
         raise OSError(first_line(error)) from None
+    (aside / "README.md").write_text(card)
     folder.mkdir(exist_ok=True)
     for file in aside.iterdir():
         file.replace(folder / file.name)
@@ -234,87 +274,3 @@ def ctrl_c():
         yield stopped
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# ---------------------------------------------------------------- what a run tells
-def tree_metrics(roots, m, bare, continuations):
-    """What a step's trees look like, after backup; GUIDE.md explains each number. m [roots]: how
-    many of the bare rollouts are whose."""
-    num_leaves, turns = len(bare) + len(continuations), list(chain(*map(nodes, roots)))
-    return {"leaves": num_leaves, "active_prompts": len(roots),
-            "leaves_per_prompt": num_leaves / len(roots),
-            "group_sizes": dict(sorted(Counter(m.tolist()).items())),
-            "reward_mean": sum(leaf.reward for leaf in bare) / len(bare),
-            "effective_ratio": sum(map(has_contrast, roots)) / len(roots),
-            "mixed_of_8": sum(map(mixed_of_8, roots)) / len(roots),
-            "cut_observations": sum(turn.cut_observation for turn in turns),
-            "overflowed_episodes": sum(turn.overflowed for turn in turns)}
-
-
-def mixed_of_8(root):
-    """Chance that eight leaves of a tree, drawn at random, are mixed; all of them where there are
-    fewer. So trees of many leaves compare with those of few."""
-    num, wins = root.num_leaves, round(root.value * root.num_leaves)
-    drawn = min(8, num)
-    alike = math.comb(wins, drawn) + math.comb(num - wins, drawn)
-    return 1 - alike / math.comb(num, drawn)
-
-
-def say(text):
-    """A line that does not tear a progress bar."""
-    if team().rank == 0:
-        tqdm.write(text)
-
-
-def progress_bar(*args, **options):
-    """One for all processes."""
-    return tqdm(*args, disable=team().rank > 0, **options)
-
-
-def describe_run(folder, config, device):
-    """What is about to happen, in one line."""
-    todo = f"{config.steps} steps of {config.budget:,} sampled tokens"
-    return (f"{folder}: {config.method}, model {config.model}, data {config.data}, seed "
-            f"{config.seed}, on {device}; {'evaluation' if config.eval_only else todo}")
-
-
-def describe_scores(row):
-    """An evaluation in one line."""
-    if row["em"] is None:
-        return "predictions without scores: the file tells no answers"
-    after = ""
-    if "sampled_tokens" in row:
-        after = f" after {row['sampled_tokens']:,} sampled tokens"
-    by_hops = [f"{hops}: {100 * em:.0f} %" for hops, em in row["by_hops"].items()]
-    return (f"held-out exact match {100 * row['em']:.1f} %, F1 {100 * row['f1']:.1f} % on "
-            f"{row['num_questions']:,} questions{after}; by hops {', '.join(by_hops)}")
-
-
-def describe_step(row):
-    """A training step in one line, with units."""
-    auroc = "-" if row["predictor_auroc"] is None else f"{row['predictor_auroc']:.2f}"
-    line = (f"step {row['step']:3d} | reward {row['reward_mean']:.2f} | Effective Ratio predicted "
-            f"{row['predicted_effective_ratio']:.2f} realised {row['effective_ratio']:.2f} | "
-            f"{row['active_prompts']} prompts x {row['leaves_per_prompt']:.1f} leaves | "
-            f"{row['sampled_tokens']:,} tokens | predictor AUROC {auroc} | "
-            f"seconds: sample {row['time_sample_s']:.1f} predict {row['time_predict_s']:.1f} "
-            f"allocate {row['time_allocate_s']:.2f} update {row['time_update_s']:.1f}")
-    skipped = [name for name in ("update", "predictor") if row[f"{name}_skipped"]]
-    return line + (f" | SKIPPED, as not finite: {', '.join(skipped)}" if skipped else "")
-
-
-def show(policy, trees, with_tree):
-    """Print the first episode of a step, and a tree with contrast where there is one."""
-    say(transcript(policy, path(leaves(trees[0])[0])))
-    if with_tree:
-        say(tree_text(next(filter(has_contrast, trees), trees[0]), policy.wrote))
-
-
-def transcript(policy, line):
-    """One episode, the nodes of its path, as text: what the policy wrote and was shown."""
-    prompt = policy.text(path_ids(line[0]))
-    texts = [prompt[prompt.rindex("Question: "):]]  # without the examples
-    texts += [policy.text(node.ids) for node in line[1:]]
-    question = line[-1].state.question
-    return (f"--- an episode (reward {line[-1].reward:.0f}, answer: "
-            f"{' / '.join(question.answers)})\n{''.join(texts)}\n---")

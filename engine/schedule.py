@@ -1,9 +1,10 @@
 """How many rollouts a budget in sampled tokens buys."""
 from dataclasses import dataclass
 
-from engine.errors import UsageError
+from engine.errors import NotFinite, UsageError
 
 WARM_UP = 2       # steps in which the learning rate rises
+MOST_BAD = 10     # steps in a row whose numbers are not finite, then a run stops by itself
 COST_DECAY = 0.7  # per step, of the counts from which the cost of a rollout is forecast
 
 
@@ -45,6 +46,17 @@ class Schedule:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         self.num_rollouts = COST_DECAY * self.num_rollouts + num_bare
         self.tokens = COST_DECAY * self.tokens + tokens
+
+    @property
+    def broken(self):
+        """Have the numbers not been finite for too long?"""
+        return self.bad_steps >= MOST_BAD
+
+    def check(self, folder):
+        """NotFinite where that is so."""
+        if self.broken:
+            raise NotFinite(f"{folder}: saved and stopped: in the last {MOST_BAD} steps a loss or "
+                            "gradient was not finite; try a smaller --learning-rate")
 
 
 def parse_evaluations(text):

@@ -51,8 +51,8 @@ MORE_HOPS = (0, 0, 0, 0, 0.5, 0.5)  # hop weights of the transfer: more than wer
 SETTINGS = {"second": "--model tiny2 --wiki-seed 1",  # another wiki and warm start
             "hard": "--hop-mix 10,15,25,50"}
 # Dials that do not say what is run; the choices of a method are dials of their own
-HOW = {"method", "seed", "out", "resume", "show_tree", "checkpoint_every", "cache_tokens",
-       "micro_batch_tokens"}
+HOW = {"method", "seed", "out", "resume", "show_tree", "save_trees", "checkpoint_every",
+       "cache_tokens", "micro_batch_tokens"}
 
 # A line per arm: preset, name, number of seeds, flags of trace_mini.py. An arm is compared with
 # the first one of its preset, NAME@SETTING with the first of that setting.

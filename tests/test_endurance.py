@@ -154,4 +154,4 @@ def test_a_pool_of_100000_questions(tell):
          f"{row['time_predict_s']:.0f} s, allocate {row['time_allocate_s']:.2f} s), memory "
          f"{before:.0f} MB before, {resident():.0f} MB after, {most / 1e3:.0f} MB at most")
     assert state.prompts.cursor == num and 0 < row["coverage"] < 0.01
-    assert sum(row["group_sizes"].values()) == len(trees)
+    assert sum(m > 0 for _, m in row["pool"]) == len(trees)

@@ -2,19 +2,21 @@
 import dataclasses
 import json
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import assert_refused, fresh_policy, metrics
 
-from allocator import CAP, PREFIX_RULES, ROOT_RULES
+from allocator import CAP, PREFIX_RULES, ROOT_RULES, mixed_prob
 from engine.command_line import flag_of
 from engine.errors import UsageError
-from engine.runs import mixed_of_8, start_folder
+from engine.runs import free_folder, start_folder
 from engine.schedule import Schedule, due_evaluations
+from engine.tell import describe_step, mixed_of_8
 from predictor import PREDICTORS
-from trace_mini import ARMS, POOL, Config, State, main, parse_config, train_step
+from trace_mini import ARMS, HERE, POOL, Config, State, main, parse_config, train_step
 from tree import leaves, sampled_tokens
 from world.questions import Prompts, load_data
 
@@ -47,6 +49,41 @@ def test_two_runs_never_share_a_folder(tmp_path):
         start_folder(tmp_path, {"steps": 1}, fresh=True)
 
 
+@pytest.mark.parametrize("words, name", [
+    ("", "trace-toy-s0"), ("--method grpo --seed 4 --show-tree --steps 3", "grpo-toy-s4"),
+    ("--learning-rate 1e-3 --no-4bit", "trace-toy-s0-learning-rate-0.001-no-4bit"),
+    ("--model a/b --hop-mix 1,2", "trace-toy-s0-model-b-hop-mix-1,2")])
+def test_a_folder_is_named_after_what_is_not_at_its_default(words, name):
+    assert free_folder(parse_config(words.split())) == Path("runs", name)
+
+
+def test_a_step_is_told_in_80_columns(quick, monkeypatch):
+    [(_, row)] = steps(quick, 1, budget=700)[1]
+    row |= {"step": 12345, "sampled_tokens": 10 ** 9, "leaves_per_prompt": 100, "update_skipped": 1}
+    lines = describe_step(row).split("\n")
+    assert len(lines) == 3 and max(map(len, lines)) <= 80 and "\033" not in lines[1]
+    for plain in "", "1":
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        monkeypatch.setenv("NO_COLOR", plain)
+        assert ("\033" in describe_step(row)) == (not plain)
+
+
+def test_the_card_of_an_adapter_tells_base_command_and_scores(finished):
+    card = (finished / "adapter" / "README.md").read_text()
+    assert "LoRA weights for tiny" in card and "python trace_mini.py --method" in card
+    assert "held-out exact match" in card and str(HERE) not in card
+
+
+def test_predicted_and_bare_effective_ratio_are_of_the_same_groups(quick):
+    for trees, row in steps(quick, 2, budget=900)[1]:
+        groups = [(v, m) for v, m in row["pool"] if m]
+        v, m = np.array(groups).T
+        assert np.isclose(row["predicted_effective_ratio"], mixed_prob(v, m).mean(), atol=2e-3)
+        mixed = [len({leaf.reward for leaf in leaves(root) if leaf.sample < num}) == 2
+                 for root, (_, num) in zip(trees, groups)]
+        assert row["bare_effective_ratio"] == np.mean(mixed) <= row["effective_ratio"]
+
+
 def test_a_finished_run(finished, capsys):
     """Resuming says that it is done; scoring again gives the scores after its last step."""
     before = metrics(finished)
@@ -74,7 +111,7 @@ def steps(quick, num, **dials):
 
 
 def num_bare(row):
-    return sum(size * num for size, num in row["group_sizes"].items())
+    return sum(m for _, m in row["pool"])
 
 
 @pytest.mark.parametrize("method", [
@@ -89,7 +126,8 @@ def test_every_arm_spends_the_same(method, quick):
         spent += sum(map(sampled_tokens, trees))
         assert (row["step"], row["method"], row["sampled_tokens"]) == (number, method, spent)
         assert row["leaves"] == sum(len(leaves(root)) for root in trees)
-        assert sum(row["group_sizes"].values()) == len(trees) and min(row["group_sizes"]) >= 2
+        groups = [m for _, m in row["pool"] if m]
+        assert len(groups) == len(trees) and min(groups) >= 2
         assert (row["leaves"] > num_bare(row)) == (ARMS[method].prefix_rule != "none")
         assert np.isfinite(row["grad_norm"]) and 0 <= row["predictor_brier"] <= 1
     assert abs(spent - 3 * 700) < 0.8 * 700

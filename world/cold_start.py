@@ -10,7 +10,7 @@ import itertools
 from engine.errors import NotFinite, UsageError
 from engine.files import write_json
 from engine.processes import team
-from engine.runs import progress_bar, say
+from engine.tell import progress_bar, say
 from react_env import split_completion
 from rollout import Rollout, end_turn
 from tree import nodes

@@ -1,0 +1,79 @@
+"""What a run leaves to be looked at: trees of each step, and report.html to open them in a browser.
+
+The report is one file, without network: the page engine/report.html, with the run in it as JSON.
+What a policy or a wiki wrote stays data there: the page shows it as text and nothing else.
+"""
+import json
+from pathlib import Path
+
+from engine.draw import action_of, mark_of, smoothed
+from engine.files import read_lines, write_aside
+from react_env import parse_action
+from tree import nodes, path
+
+PAGE = Path(__file__).with_name("report.html")
+
+
+def tree_rows(policy, roots, step):
+    """A line of trees.jsonl: backed-up trees of a step as plain data."""
+    return {"step": step, "trees": [tree_row(policy, root) for root in roots]}
+
+
+def tree_row(policy, root):
+    """The question of a tree, and its turns in the order of `nodes`."""
+    turns, places = [], {}
+    for node in nodes(root):
+        places[node] = len(turns)
+        turns.append(turn_row(policy, node, places.get(node.parent)))
+    question = root.state.question
+    return {"question": question.text, "answers": question.answers, "kind": question.kind,
+            "hops": question.num_hops, "turns": turns}
+
+
+def turn_row(policy, node, above):
+    """One turn: `above` is the place of its parent, `started` how many rollouts began here (m at
+    the root, k elsewhere), `logprob` that of all that was sampled."""
+    if above is None:
+        return {"value": rounded(node.value), "predicted": rounded(node.predicted),
+                "leaves": node.num_leaves, "started": len(node.children)}
+    kind, argument = parse_action(action_of(node, policy.wrote))
+    started = [child for child in node.children if child.sample != node.sample]
+    return {"above": above, "mark": mark_of(node), "kind": kind, "argument": argument,
+            "wrote": policy.wrote(node), "read": policy.text(node.ids[node.num_sampled:]),
+            "continued": node.sample != path(node)[1].sample,
+            "value": rounded(node.value), "predicted": rounded(node.predicted),
+            "leaves": node.num_leaves, "started": len(started),
+            "logprob": rounded(node.logprobs.sum()), "sampled": node.num_sampled}
+
+
+def rounded(number):
+    return None if number is None else round(float(number), 3)
+
+
+def read_trees(file):
+    """The rows of trees.jsonl that are whole: what is damaged or missing is left out."""
+    rows = []
+    if file.exists():
+        for line in file.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+                trees = [tree for tree in row["trees"] if tree["turns"][0]]
+                rows.append({"step": row["step"], "trees": trees})
+            except (ValueError, TypeError, LookupError):
+                continue
+    return rows
+
+
+def write_report(folder, command=""):
+    """Write report.html of a run folder; -> its Path. `command` made the run."""
+    folder = Path(folder)
+    rows = read_lines(folder / "metrics.jsonl")
+    for row, reward in zip(rows, smoothed([row["reward_mean"] for row in rows])):
+        row["smooth_reward"] = reward
+    run = {"name": folder.resolve().name, "command": command, "metrics": rows,
+           "evals": read_lines(folder / "evals.jsonl"),
+           "trees": read_trees(folder / "trees.jsonl")}
+    text = json.dumps(run).replace("<", "\\u003c")  # else an article could end the data
+    with write_aside(folder / "report.html") as stream:
+        stream.write(PAGE.read_text().replace("THE_RUN", text).encode())
+    return folder / "report.html"
