@@ -27,10 +27,10 @@ class Picture(Figure):
         self.savefig(stream, dpi=dpi, pil_kwargs={"optimize": True})
         return stream.getvalue()
 
-    def write(self, file):
+    def write(self, file, dpi=150):
         """Save as PNG, whole or not at all; -> Path."""
         with write_aside(file) as stream:
-            stream.write(self._repr_png_(150))
+            stream.write(self._repr_png_(dpi))
         return Path(file)
 
 
@@ -92,9 +92,9 @@ PLACES = 0.12, 0.37, 0.63, 0.88  # of the boxes, from left to right
 RING = [*((x, 0.73) for x in PLACES), *((x, 0.27) for x in reversed(PLACES))]
 
 
-def draw_cycle(*present):
+def draw_cycle(*present, height=1.75):
     """The eight steps of TRACE in a ring, as a Figure; the steps of these numbers are marked."""
-    figure, axes = _paper(6.4, 1.75)
+    figure, axes = _paper(6.4, height)
     for i in reversed(range(8)):  # a box hides the beginning of the arrow that leaves it
         box = {"boxstyle": "round,pad=0.6", "fc": ORANGE if i + 1 in present else "white"}
         axes.annotate(STEPS[i], RING[i - 1], RING[i], ha="center", va="center", fontsize=9.5,

@@ -1,8 +1,8 @@
-"""The arms of an ablation over sampled tokens."""
+"""The arms of an ablation over sampled tokens, and their differences."""
 import numpy as np
 
 from engine.draw import COLOURS, STYLES, Picture, label_axes
-from lab.stats import mean_and_band
+from lab.stats import interval, mean_and_band
 
 
 def draw_arms(rows, file):
@@ -32,3 +32,25 @@ def draw_arms(rows, file):
     for axes in panels:
         label_axes(axes, "held-out exact match in %\n(mean and 95 % interval over seeds)")
     return figure.write(file)
+
+
+def draw_differences(gains, limit=16):
+    """Points ahead of GRPO, {(row, label): one per seed}, as a Figure: every seed a dot, with mean
+    and 95 % interval. What lies beyond the limit leaves the picture: one seed that broke down would
+    flatten the rest."""
+    rows, labels = [list(dict.fromkeys(names)) for names in zip(*gains)]
+    figure = Picture(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (row, label), points in gains.items():
+        i, y = labels.index(label), rows.index(row)
+        place = y + 0.35 * i
+        axes.plot(points, np.full(len(points), place + 0.12), "k.", ms=4)
+        mean, half = interval(points)
+        axes.errorbar(mean, place, xerr=half, capsize=4, fmt="os^v"[i], color=COLOURS[4 * i],
+                      label="" if y else label)
+    axes.axvline(0, color="black", lw=1)
+    axes.set(xlabel="points ahead of GRPO: mean, 95 % interval, dots: seeds",
+             xlim=(-limit, limit), ylim=(len(rows), -0.5))
+    axes.set_yticks(range(len(rows)), rows)
+    axes.legend(loc=(0, 1.01), ncols=len(labels), frameon=False)
+    return figure

@@ -12,6 +12,7 @@ FILES = sorted((HERE / "notebooks").glob("*.ipynb"))
 LESSONS = [file for file in FILES if file.stem != "solutions"]
 MACHINE = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|usr|opt|mnt|Users)/|[A-Z]:\\\\")
 EXERCISE = re.compile(r"# (\d\d, exercise \d)\n(.*?)\n\n\n(.*)", re.DOTALL)  # name, stub, check
+ADDRESS = "https://github.com/OWNER/trace-mini"  # to be filled in by who publishes a copy
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
@@ -35,6 +36,7 @@ def test_shape(file):
     assert file.stat().st_size < 400_000
     assert "?" in prose[0].source and "Run time:" in prose[0].source
     assert prose[-1].source.startswith("**Answer.**")
+    assert code[0].source == cells(FILES[0])[0].source and ADDRESS in code[0].source
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     for cell in code:
         lines = cell.source.split("\n")
@@ -47,12 +49,13 @@ def test_shape(file):
 
 @pytest.mark.parametrize("file", LESSONS, ids=lambda file: file.stem)
 def test_a_lesson(file):
-    """A roadmap and a figure; one to three exercises, unsolved; prose without measured digits,
-    which another CPU would change."""
-    assert "draw_cycle(" in cells(file)[0].source
+    """A roadmap and a figure; one to three exercises, unsolved, but for the tour; prose without
+    measured digits, which another CPU would change."""
+    assert "draw_cycle(" in cells(file)[1].source
     assert file.read_text().count('"image/png"') >= 2
     unsolved = exercises(cells(file)).values()
-    assert 1 <= len(unsolved) <= 3 and {text for *_, text in unsolved} == {"not solved yet\n"}
+    assert 1 <= len(unsolved) <= 3 or file == FILES[0]
+    assert all(text == "not solved yet\n" for *_, text in unsolved)
     for cell in cells(file, "markdown"):
         assert not re.search(r"\d\.\d", cell.source), cell.source
 
@@ -61,7 +64,7 @@ def test_every_exercise_is_solved_with_the_same_check():
     solved, stubs = exercises(cells(HERE / "notebooks" / "solutions.ipynb")), {}
     for file in LESSONS:
         stubs |= exercises(cells(file))
-    assert len(LESSONS) == 6 and list(solved) == list(stubs)
+    assert len(LESSONS) == 7 and list(solved) == list(stubs)
     for name, (solution, check, text) in solved.items():
         assert solution.startswith(stubs[name][0].split("return None")[0].rstrip())
         assert (check, text) == (stubs[name][1], "solved\n")
@@ -69,10 +72,17 @@ def test_every_exercise_is_solved_with_the_same_check():
 
 @pytest.mark.long
 @every_file
-def test_executed(file, monkeypatch):
+def test_executed(file, monkeypatch, tmp_path):
+    """Lessons in a folder of their own, as on Colab: they fetch the last commit. Solutions where
+    they are."""
     monkeypatch.setenv("TRACE_MINI_SMALL", "1")
-    notebook = nbformat.read(file, as_version=4)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    notebook, folder = nbformat.read(file, as_version=4), file.parent
+    if file in LESSONS and (HERE / ".git").exists():
+        folder = tmp_path
+        [finds, *_] = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        finds.source = finds.source.replace(ADDRESS, HERE.as_uri())
     NotebookClient(notebook, timeout=1800, kernel_name="python3",
-                   resources={"metadata": {"path": file.parent}}).execute()
+                   resources={"metadata": {"path": folder}}).execute()
     printed = {text for *_, text in exercises(notebook.cells).values()}
-    assert printed == {"solved\n" if file.stem == "solutions" else "not solved yet\n"}
+    assert printed <= {"solved\n" if file.stem == "solutions" else "not solved yet\n"}

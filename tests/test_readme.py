@@ -15,7 +15,8 @@ from lab.tables import read_rows
 from trace_mini import HERE, Config, main, parse_config
 
 PAGES = {name: (HERE / name).read_text()
-         for name in ("README.md", "GUIDE.md", "CONTRIBUTING.md", "results/README.md")}
+         for name in ("README.md", "GUIDE.md", "CONTRIBUTING.md", "results/README.md",
+                      "notebooks/TEACHER.md")}
 README, GUIDE, EVIDENCE = PAGES["README.md"], PAGES["GUIDE.md"], PAGES["results/README.md"]
 COMMANDS = set(re.findall(r"(?:^|`|&& )python (?:-m )?([\w.]+(?: [^`#\n]*)?)",
                           "\n".join(PAGES.values()), re.MULTILINE))

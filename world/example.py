@@ -93,3 +93,4 @@ if __name__ == "__main__":
     draw_tree(example_tree(), wrote, "Two bare rollouts, then four continuations",
               "predicted").write(RESULTS / "tree.png")
     draw_cycle(2, 4).write(RESULTS / "cycle.png")
+    draw_cycle(2, 4, height=3.6).write(RESULTS / "cycle-slide.png", dpi=300)  # 1920 x 1080
