@@ -31,7 +31,7 @@ from engine.errors import UsageError
 from engine.files import (fingerprint, fingerprint_of_files, model_folder, read_lines,
                           write_json)
 from engine.runs import checkpoint_file, checkpoint_files, load_checkpoint
-from lab.pictures import draw_arms
+from lab.pictures import draw_arms, draw_ends
 from lab.tables import by_run, differences, finished, read_rows, report, write_rows
 from policy import load_policy
 from trace_mini import HERE, Arm, Config, evaluate, parse_config, read_config
@@ -264,7 +264,8 @@ def parse(arguments):
     flag("--arms", help="only these, with commas between")
     flag("--jobs", type=int, default=os.cpu_count(), help="runs at once [%(default)s]")
     flag("--table", action="store_true", help="run nothing, print the tables")
-    flag("--rows", metavar="FILE", help="run nothing, print the tables of such rows alone")
+    flag("--rows", metavar="FILE", help="run nothing, print the tables of such rows alone, and "
+         "draw where their seeds end")
     flag("--differences", metavar="DIR", help="run nothing, print the paired differences that "
          "contrasts.txt in this folder lists, of all rows in it")
     flag("--dev", action="store_true", help="development seeds and wiki; rows stay in runs/")
@@ -282,7 +283,10 @@ def command(args):
     if args.score:
         return score_transfer(*args.score)
     if args.rows:
-        return print(report(by_run(read_rows(Path(args.rows)))))
+        file = Path(args.rows)
+        done = by_run(read_rows(file))
+        draw_ends(done).write(file.with_name(f"{file.stem}-ends.png"))
+        return print(report(done))
     if args.differences:
         return print(all_differences(Path(args.differences)))
     file = RESULTS / f"{args.preset}.csv"

@@ -3,6 +3,7 @@ import numpy as np
 
 from engine.draw import COLOURS, STYLES, Picture, label_axes
 from lab.stats import interval, mean_and_band
+from lab.tables import end, shared, sums
 
 
 def draw_arms(rows, file):
@@ -32,6 +33,26 @@ def draw_arms(rows, file):
     for axes in panels:
         label_axes(axes, "held-out exact match in %\n(mean and 95 % interval over seeds)")
     return figure.write(file)
+
+
+def draw_ends(done):
+    """Where every run ends, a dot each, and the mean of each arm, as a Figure. `done` is that of
+    lab/tables.py. What lies far to the left of the others is an arrow."""
+    arms = list(dict.fromkeys(arm for arm, _ in done))
+    low = 100 * np.quantile(list(map(end, done.values())), 0.05) - 3
+    figure = Picture(figsize=(6.4, 0.8 + 0.4 * len(arms)), layout="constrained")
+    axes = figure.subplots()
+    for y, arm in enumerate(arms):
+        ends = 100 * np.array(sums(shared(done, arm), [1], end))
+        for x in ends:
+            axes.plot(max(x, low), y, "<" if x < low else "o", color=COLOURS[4], alpha=0.5, mew=0)
+        if ends.mean() > low:
+            axes.plot(ends.mean(), y, "|", color="black", ms=18, mew=2)
+    axes.set(xlabel="held-out exact match at the end in %: every seed a dot, a line at the mean",
+             ylim=(len(arms) - 0.5, -0.5))
+    axes.set_yticks(range(len(arms)), arms)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
 
 
 def draw_differences(gains, limit=16):
