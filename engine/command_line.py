@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -97,19 +98,18 @@ def changed_dials(config):
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != getattr(usual, field.name):
-            text = "" if field.type is bool else f"{value:g}" if field.type is float else str(value)
-            changed[flag_of(field.name)] = text
+            changed[flag_of(field.name)] = "" if field.type is bool else str(value)
     return changed
 
 
 def command_of(config):
     """The command line that makes such a run, as text. Of files and folders the names stay: who
     reads it has them elsewhere."""
-    words = ["python trace_mini.py", "--method", config.method]
+    words = ["python", "trace_mini.py", "--method", config.method]
     for flag, text in changed_dials(config).items():
         if flag not in ("--out", "--resume"):
             words += [flag, os.path.basename(text) if os.path.isabs(text) else text]
-    return " ".join(filter(None, words))
+    return shlex.join(filter(None, words))
 
 
 def parse_dials(config_class, description, arguments=None):

@@ -42,7 +42,9 @@ def label_axes(axes, ylabel):
     axes.set(xlabel="sampled tokens since the start", ylabel=ylabel)
     axes.xaxis.set_major_formatter(ticker.EngFormatter())  # 50 k, 1 M
     axes.grid(alpha=0.3)
-    axes.legend(loc=(0, 1.01), frameon=False, handlelength=3.5)  # hides no data
+    legend = axes.legend(loc=(0, 1.01), frameon=False, handlelength=3.5)  # hides no data
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 # ---------------------------------------------------------------- a run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.draw import action_of, mark_of, smoothed
 from engine.files import read_lines, write_aside
-from react_env import parse_action
+from react_env import parse_action, split_completion
 from tree import nodes, path
 
 PAGE = Path(__file__).with_name("report.html")
@@ -36,10 +36,11 @@ def turn_row(policy, node, above):
     if above is None:
         return {"value": rounded(node.value), "predicted": rounded(node.predicted),
                 "leaves": node.num_leaves, "started": len(node.children)}
+    thought, action = split_completion(policy.wrote(node))
     kind, argument = parse_action(action_of(node, policy.wrote))
     started = [child for child in node.children if child.sample != node.sample]
     return {"above": above, "mark": mark_of(node), "kind": kind, "argument": argument,
-            "wrote": policy.wrote(node), "read": policy.text(node.ids[node.num_sampled:]),
+            "thought": thought, "action": action, "read": policy.text(node.ids[node.num_sampled:]),
             "continued": node.sample != path(node)[1].sample,
             "value": rounded(node.value), "predicted": rounded(node.predicted),
             "leaves": node.num_leaves, "started": len(started),
@@ -51,17 +52,18 @@ def rounded(number):
 
 
 def read_trees(file):
-    """The rows of trees.jsonl that are whole: what is damaged or missing is left out."""
-    rows = []
+    """The rows of trees.jsonl that are whole: what is damaged or missing is left out. Of two for
+    one step the later one counts."""
+    rows = {}
     if file.exists():
         for line in file.read_bytes().splitlines():
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=lambda name: None)  # NaN: JSON has none
                 trees = [tree for tree in row["trees"] if tree["turns"][0]]
-                rows.append({"step": row["step"], "trees": trees})
-            except (ValueError, TypeError, LookupError):
+                rows[row["step"]] = {"step": row["step"], "trees": trees}
+            except (ValueError, TypeError, LookupError, RecursionError):
                 continue
-    return rows
+    return list(rows.values())
 
 
 def write_report(folder, command=""):
@@ -75,5 +77,5 @@ def write_report(folder, command=""):
            "trees": read_trees(folder / "trees.jsonl")}
     text = json.dumps(run).replace("<", "\\u003c")  # else an article could end the data
     with write_aside(folder / "report.html") as stream:
-        stream.write(PAGE.read_text().replace("THE_RUN", text).encode())
+        stream.write(PAGE.read_text("utf-8").replace("THE_RUN", text).encode())
     return folder / "report.html"

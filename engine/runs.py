@@ -30,7 +30,7 @@ from engine.report import write_report
 from engine.tell import describe_scores, say
 
 PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of every checkpoint
-MOST_LETTERS = 100  # of a folder's name
+MOST_BYTES = 100  # of a folder's name
 
 
 def fresh_folder(config):
@@ -51,7 +51,7 @@ def free_folder(config):
         if flag in changed and flag not in ("--data", "--seed"):
             value = os.path.basename(changed[flag])
             name += flag[1:] + re.sub(r"[^\w.,=-]+", "_", value and f"-{value}")
-    name = Path("runs") / name[:MOST_LETTERS]
+    name = Path("runs") / name.encode(errors="replace")[:MOST_BYTES].decode(errors="ignore")
     folder, number = name, 1
     while folder.exists():
         number += 1
@@ -88,8 +88,8 @@ class Journal:
         """In the first process, which writes them. -> what they hold: rewards, last evaluation"""
         for name in ("metrics", "evals", "trees"):
             stream, length = open(folder / f"{name}.jsonl", "ab"), lengths.get(name, 0)
-            if name == "trees":  # the run can do without them
-                length = min(length, stream.tell())
+            if name == "trees" and stream.tell() < length:
+                length = 0  # the run can do without them
             if stream.tell() < length:
                 raise UsageError(f"{stream.name}: shorter than the checkpoint says, changed by "
                                  "hand; bring it back, or start again in another folder")
@@ -236,7 +236,7 @@ def save_adapter(model, folder, card=""):
         model.save_pretrained(aside, save_embedding_layers=False)
     except SafetensorError as error:  # a full disk
         raise OSError(first_line(error)) from None
-    (aside / "README.md").write_text(card)
+    (aside / "README.md").write_bytes(card.encode(errors="replace"))
     folder.mkdir(exist_ok=True)
     for file in aside.iterdir():
         file.replace(folder / file.name)

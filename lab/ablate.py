@@ -50,6 +50,7 @@ OTHER_WIKI = 2  # of the transfer
 MORE_HOPS = (0, 0, 0, 0, 0.5, 0.5)  # hop weights of the transfer: more than were trained
 SETTINGS = {"second": "--model tiny2 --wiki-seed 1",  # another wiki and warm start
             "hard": "--hop-mix 10,15,25,50"}
+LAPS = "sample", "predict", "allocate", "update"  # whose seconds are a run's minutes
 # Dials that do not say what is run; the choices of a method are dials of their own
 HOW = {"method", "seed", "out", "resume", "show_tree", "save_trees", "checkpoint_every",
        "cache_tokens", "micro_batch_tokens"}
@@ -182,7 +183,7 @@ def collect(run, jobs):
     for result in evals:
         new = steps[len(done):result["step"]]
         done = steps[:result["step"]]
-        times = [step[name] for step in done for name in step if name.startswith("time_")]
+        times = [step[f"time_{name}_s"] for step in done for name in LAPS]
         row = {"arm": run.arm, "seed": run.seed, "made_with": run.made_with,
                "hardware": f"{hardware}, {jobs} at once", "minutes": sum(times) / 60,
                "eval_em": result["em"], "eval_f1": result["f1"]}
@@ -285,6 +286,8 @@ def command(args):
     if args.rows:
         file = Path(args.rows)
         done = by_run(read_rows(file))
+        if not done:
+            raise UsageError(f"--rows {file}: no rows there")
         draw_ends(done).write(file.with_name(f"{file.stem}-ends.png"))
         return print(report(done))
     if args.differences:

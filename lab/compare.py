@@ -1,8 +1,9 @@
 """Runs side by side, and what their difference is worth: python -m lab.compare RUN RUN ...
 
 Runs that differ in nothing but their seed are one arm. The first run's arm is what the others are
-compared with, seed by seed where they share seeds. The curves go to runs/compare.png. Without a
-run it lists all that are in runs/.
+compared with, seed by seed where they share seeds. The end of a run is the mean of its evaluations
+that asked as many questions as the last one. The curves go to runs/compare.png. Without a run it
+lists all that are in runs/.
 """
 import sys
 from itertools import chain
@@ -10,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.command_line import Parser, changed_dials, command_of, run_main
+from engine.command_line import Parser, changed_dials, command_of, flag_of, run_main
 from engine.errors import UsageError
 from engine.files import read_lines
-from lab.ablate import HERE, RESULTS, Run, collect
+from lab.ablate import HERE, HOW, RESULTS, Run, collect
 from lab.pictures import draw_arms
 from lab.stats import interval
 from lab.tables import by_run, end, read_rows, shared, sums, table
 from trace_mini import read_config
 
 RECORDED = RESULTS / "protocol-1" / "main.csv"  # many seeds: how far the ends of one arm lie apart
-OWN = ("--seed", "--out", "--resume")  # dials that make no arm
+ASKS = {"--data", "--eval-data", "--wiki-seed", "--hop-mix", "--eval-questions"}  # what is asked
 
 
 # ---------------------------------------------------------------- runs and arms
@@ -29,7 +30,8 @@ def arms_of(configs):
     dials = []
     for config in configs:
         changed = {"--method": config.method} | changed_dials(config)
-        dials.append({flag: text for flag, text in changed.items() if flag not in OWN})
+        own = changed.keys() - set(map(flag_of, HOW - {"method"}))
+        dials.append({flag: text or "yes" for flag, text in changed.items() if flag in own})
     differing = {}
     for flag in dict.fromkeys(chain(*dials)):
         values = [own.get(flag, "(default)") for own in dials]
@@ -52,10 +54,12 @@ def read_runs(folders):
         run = Run(name, config.seed, "", [], config, "", Path(folder))
         try:
             new = collect(run, jobs=1)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise UsageError(f"{folder}: its metrics cannot be read ({error!r})") from None
-        if not new or new[-1]["eval_em"] is None:
-            raise UsageError(f"{folder}: no scores of held-out questions there")
+        if not new or new[-1]["step"] == 0 or new[-1]["eval_em"] is None:
+            raise UsageError(f"{folder}: no scores of held-out questions after its start")
+        if new[-1]["step"] < config.steps:
+            print(f"{folder}: only evaluated up to step {new[-1]['step']} of {config.steps}")
         rows += new
     if len({(row["arm"], row["seed"]) for row in rows}) < len(folders):
         raise UsageError("two of these runs are the same: equal dials and equal seed")
@@ -86,7 +90,7 @@ def in_words(done, num_questions):
         mean, half = 100 * np.mean(gains), luck / len(gains) ** 0.5
         if len(gains) > 2:  # enough for an interval of their own
             half = 100 * interval(gains)[1]
-        verdict = "may be luck" if abs(mean) < half else "is more than luck, most likely"
+        verdict = "may be luck" if abs(mean) <= half else "is more than luck, most likely"
         lines.append(f"{arm} − {first}: {mean:+.1f} ± {half:.1f} points on {len(gains)} shared "
                      f"seed(s), which {verdict}.")
     return "\n".join(lines)
@@ -123,8 +127,9 @@ def compare(folders):
     print(table(done) + "\n")
     if differing:
         print(differing_table([arm for arm, _ in done], differing) + "\n")
-    if len(asked) > 1 or {"--data", "--eval-data", "--wiki-seed", "--hop-mix"} & set(differing):
-        print("These runs answered different questions: their scores do not compare.")
+    if len(asked) > 1 or ASKS & set(differing):
+        print("These runs answered different questions, or at other times: their scores do not "
+              "compare.")
     else:
         print(in_words(done, *asked))
     (HERE / "runs").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the notebooks share: charts in one call, and what their first cell wants."""
+"""What the notebooks share: charts in one call, and names that all of them import."""
 import os
 from typing import NamedTuple
 
@@ -76,6 +76,7 @@ def draw_calibration(predicted, true, curves):
         binned[label] = tuple(np.array(points).T)
     figure = chart(Panel(binned, "true success (Monte Carlo)", "predicted"), width=5, height=4.6)
     axes = figure.axes[0]
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.plot([0, 1], [0, 1], ":", color=GREY)
     axes.scatter(predicted, true, s=12, color=GREY, alpha=0.6, zorder=1)
     return figure

@@ -6,6 +6,7 @@ import pytest
 from conftest import assert_refused
 
 import lab.compare
+from lab.ablate import LAPS
 from lab.compare import arms_of, main, spread
 from trace_mini import Config, parse_config
 
@@ -16,17 +17,18 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setattr(lab.compare, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    def make(name, flags, em, num=500):
+    def make(name, flags, em, num=500, steps=2):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         config = parse_config(flags.split())
         (folder / "config.json").write_text(json.dumps(asdict(config)))
-        step = {"time_sample_s": 1.0, "leaves": 9, "loss_tokens": 5, "effective_ratio": 0.5,
+        times = {f"time_{name}_s": 1.0 for name in LAPS}
+        step = times | {"leaves": 9, "loss_tokens": 5, "effective_ratio": 0.5,
                 "mixed_of_8": 0.5, "leaves_per_prompt": 9, "coverage": 0.1}
         (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
         row = {"f1": 0.5, "num_questions": num, "by_hops": {}, "by_kind": {}}
         evals = [row | {"step": i, "sampled_tokens": 100 * i, "em": x, "em_first": x}
-                 for i, x in enumerate((0.4, em))]
+                 for i, x in enumerate((0.4, em)[:steps])]
         (folder / "evals.jsonl").write_text("\n".join(map(json.dumps, evals)) + "\n")
         return str(folder)
     return make
@@ -70,5 +72,9 @@ def test_what_does_not_compare_is_said(made, tmp_path, capsys):
     assert "share no seed" in capsys.readouterr().out
     assert_refused(main, [base, made("d", "--method grpo", 0.7)], "equal seed", capsys)
     assert_refused(main, [base, str(tmp_path)], "no run there", capsys)
+    assert_refused(main, [base, made("e", "", 0.7, steps=1)], "after its start", capsys)
+    main([base, made("f", "--save-trees 0 --show-tree --seed 7 --method grpo", 0.7)])
+    said = capsys.readouterr().out
+    assert "| grpo | 2 |" in said and "up to step 1 of 40" in said
     (tmp_path / "runs" / "a" / "metrics.jsonl").write_text("{")
     assert_refused(main, [base], "cannot be read", capsys)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engine.report import read_trees, tree_row, tree_rows, write_report
+from react_env import split_completion
 from rollout import grow
 from tree import backup, nodes
 
@@ -56,7 +57,9 @@ def test_a_row_holds_the_tree_word_for_word(policy, trees):
     row = tree_row(policy, root)
     assert row["question"] == root.state.question.text and len(row["turns"]) == len(nodes(root))
     for turn, node in zip(row["turns"][1:], nodes(root)[1:]):
-        assert turn["wrote"] + turn["read"] == policy.text(node.ids)
+        text = policy.text(node.ids)
+        assert (turn["thought"], turn["action"]) == split_completion(policy.wrote(node))
+        assert text.endswith(turn["read"]) and turn["action"] in text
         assert row["turns"][turn["above"]]["leaves"] == node.parent.num_leaves
         assert turn["continued"] == (node.sample >= 3)  # three bare rollouts came first
         assert np.isclose(turn["logprob"], node.logprobs.sum(), atol=1e-3)
@@ -76,7 +79,7 @@ def test_a_click_shows_a_turn_and_hostile_text_stays_text(browser, policy, trees
     find(".turn")[1].click()
     shown = {name: find(f"#panel .{name}")[0].get_property("textContent")
              for name in ("thought", "action", "observation")}
-    assert shown["thought"] + "\n" + shown["action"] == turn["wrote"]
+    assert shown["thought"] == turn["thought"] and shown["action"] == turn["action"]
     assert shown["observation"] == turn["read"][1:]
     assert f"{turn['value']:.2f}" in find("#panel")[0].text
     assert not find("img") and browser.title == tmp_path.name
@@ -101,6 +104,14 @@ def test_sixty_leaves_can_be_read(browser, policy, data, tmp_path):
         assert (apart | apart.T | np.eye(len(boxes), dtype=bool)).all()
 
 
+def test_trees_that_make_no_sense_end_nothing(browser, policy, trees, tmp_path):
+    bad = [{"turns": [{"value": 1}, None]}, {"turns": [3]}, {"turns": [{}, {"above": 7}]}]
+    rows = {"step": 1, "trees": [*bad, tree_row(policy, trees[0])]}
+    opened(browser, write_run(tmp_path, rows, ROW | {"pool": [[0.5, 2]] * 130_000}))
+    assert browser.find_element("id", "trees").text.count("This tree is damaged") >= 2
+    assert len(browser.find_elements("css selector", ".turn")) >= len(nodes(trees[0]))
+
+
 def test_filters_hide_trees(browser, policy, trees, tmp_path):
     right = tree_row(policy, trees[0])
     for turn in right["turns"]:
@@ -108,15 +119,17 @@ def test_filters_hide_trees(browser, policy, trees, tmp_path):
     rows = {"step": 1, "trees": [right, tree_row(policy, trees[1])]}
     opened(browser, write_run(tmp_path, rows, ROW))
     for choice, num in (("with", 1), ("without", 1), ("all", 2)):
-        browser.find_element("css selector", "#filter-contrast").send_keys(choice)
+        browser.find_element("css selector", f"#filter-contrast [value={choice}]").click()
         assert len(browser.find_elements("css selector", ".question")) == num
 
 
 def test_what_is_damaged_is_left_out(policy, trees, tmp_path):
     assert read_trees(tmp_path / "trees.jsonl") == []  # there is none
     good = tree_rows(policy, trees[:1], step=2)
-    damaged = [b"\xff\xfe", b"{", b"[]", b"null", b'{"step": 1, "trees": [1]}',
+    damaged = [b"\xff\xfe", b"{", b"[" * 100000, b"[]", b"null", b'{"step": 1, "trees": [1]}',
                b'{"step": 1, "trees": [{"turns": []}]}', b'{"trees": []}']
-    (tmp_path / "trees.jsonl").write_bytes(b"\n".join([*damaged, json.dumps(good).encode()]))
+    twice = json.dumps(good).encode(), json.dumps(good).replace("0.0", "NaN").encode()
+    (tmp_path / "trees.jsonl").write_bytes(b"\n".join([*damaged, *twice]))
     [row] = read_trees(tmp_path / "trees.jsonl")
+    assert "NaN" not in json.dumps(row)
     assert row["step"] == 2 and row["trees"][0]["question"] == trees[0].state.question.text
