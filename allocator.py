@@ -158,7 +158,6 @@ class Anchors:
     outcome: np.ndarray | None = None         # [n] r of the bare rollout: prefixes only
     successes: np.ndarray | float = 0.0       # [n] counted at that prompt so far: roots only
     failures: np.ndarray | float = 0.0        # [n] likewise
-    cost: np.ndarray | None = None            # [n] tokens that the bare rollout took from here
     concentration: np.ndarray | float = CONCENTRATION  # [n] how sure v is, in pseudo-counts
     group_size: int = 8                       # bare rollouts per prompt where groups are equal
 
@@ -187,12 +186,6 @@ def mopps_roots(pool, budget, rng):
     """Equal groups where a Thompson draw from the prompt's own counts is nearest 0.5 (MoPPS)."""
     draw = rng.beta(1 + pool.successes, 1 + pool.failures, len(pool.v))
     return equal_groups(np.abs(draw - 0.5), budget, pool.group_size)
-
-
-def knapsack_roots(pool, budget, rng):
-    """Exact optimum of mixed_prob * v (1−v)², which leans to hard prompts (Knapsack RL)."""
-    v = pool.v[:, None]
-    return solve_roots(mixed_prob(v, np.arange(CAP + 1)) * (v * (1 - v)**2), budget)
 
 
 def trace_roots(pool, budget, rng, floor=0.0, posterior=False):
@@ -240,21 +233,13 @@ def posterior_prefixes(prefixes, budget, rng):
     return solve_prefixes(flip, lambda i, j: (repeat[i] + j - 1) / (total[i] + j), budget)
 
 
-def cost_aware_prefixes(prefixes, budget, rng):
-    """Stage 2 by gain per token that the bare rollout took from here; the budget stays a number of
-    continuations."""
-    flip = flip_prob(prefixes.v, prefixes.outcome, 1)
-    return solve_prefixes(flip / prefixes.cost, lambda i, j: 1 - flip[i], budget)
-
-
 ROOT_RULES = {  # name: (pool, budget, rng) -> m [n]
-    "uniform": uniform_roots, "pcl": pcl_roots, "mopps": mopps_roots, "knapsack": knapsack_roots,
-    "trace": trace_roots, "floor": partial(trace_roots, floor=FLOOR),
+    "uniform": uniform_roots, "pcl": pcl_roots, "mopps": mopps_roots, "trace": trace_roots,
+    "floor": partial(trace_roots, floor=FLOOR),
     "posterior": partial(trace_roots, posterior=True)}
 PREFIX_RULES = {  # name: (prefixes of one prompt, budget, rng) -> k [n]
     "none": no_prefixes, "random": random_prefixes, "trace": trace_prefixes,
-    "floor": partial(trace_prefixes, floor=FLOOR), "posterior": posterior_prefixes,
-    "cost_aware": cost_aware_prefixes}
+    "floor": partial(trace_prefixes, floor=FLOOR), "posterior": posterior_prefixes}
 
 
 # ---------------------------------------------------------------- a step
@@ -268,17 +253,16 @@ def deal_roots(pool, budget, rule, rng):
 def expand_trees(found, v, concentration, m, num_continuations, rule, rng):
     """Stage 2 over the step's trees -> k [n], for the n prefixes of all of them, tree by tree.
 
-    found[i]: prefixes of tree i (with .outcome and .tokens_left), m[i] its bare rollouts; v and
-    concentration [n]. The num_continuations * sum(m) continuations are shared among the trees
-    that have a prefix, in proportion to m; each spreads its share over its own prefixes."""
+    found[i]: prefixes of tree i (with .outcome), m[i] its bare rollouts; v and concentration
+    [n]. The num_continuations * sum(m) continuations are shared among the trees that have a prefix,
+    in proportion to m; each spreads its share over its own prefixes."""
     num_prefixes = np.array([len(own) for own in found])
     shares = deal_in_proportion(np.where(num_prefixes > 0, m, 0), num_continuations * m.sum())
     k, begin = [], 0
     for own, share in zip(found, shares):
         end = begin + len(own)
         outcome = np.array([prefix.outcome for prefix in own], int)
-        cost = np.array([max(1, prefix.tokens_left) for prefix in own])
-        anchors = Anchors(v[begin:end], outcome, cost=cost, concentration=concentration[begin:end])
+        anchors = Anchors(v[begin:end], outcome, concentration=concentration[begin:end])
         k.append(PREFIX_RULES[rule](anchors, int(share), rng))
         begin = end
     return np.concatenate(k)

@@ -165,6 +165,7 @@ def train_step(config, state, policy, predictor, data):
                       group_size=config.bare_group)
     m = deal_roots(anchors, num_bare, config.root_rule, rng)
     roots = [root for root, count in zip(pool, m) if count]
+    pool = zip(v, m)  # of the others nothing else stays, above all no cache
     v, m = v[m > 0], m[m > 0]
     lap("allocate")
 
@@ -194,8 +195,8 @@ def train_step(config, state, policy, predictor, data):
     lap("predict")
 
     # 8. The policy: tree credit, and one update.
-    rate = policy.learning_rate * state.schedule.rate(config.steps)
-    updated = policy.update([advantages(root, config.advantage) for root in roots], rate)
+    updated = policy.update([advantages(root, config.advantage) for root in roots],
+                            policy.learning_rate * state.schedule.rate(config.steps))
     lap("update")
 
     finite = not (updated["update_skipped"] or scores["predictor_skipped"])
@@ -204,15 +205,13 @@ def train_step(config, state, policy, predictor, data):
                    "sampled_tokens": state.schedule.sampled_tokens,
                    "predicted_effective_ratio": float(mixed_prob(v, m).mean()),
                    "coverage": state.prompts.coverage, **scores, **updated, **lap.metrics(),
-                   **tree_metrics(pool, bare, continuations)}
+                   **tree_metrics(pool, roots, bare, continuations)}
 
 
 def draw_pool(config, state, policy, data, num_bare):
     """Roots of candidate prompts, enough for all bare rollouts that the schedule buys."""
-    size = config.pool_size
-    if config.root_rule in POOL:
-        size = POOL[config.root_rule] * max(1, num_bare // config.bare_group)
-    questions = state.prompts.draw(max(size, -(-num_bare // CAP)))
+    size = POOL.get(config.root_rule, 0) * max(1, num_bare // config.bare_group)
+    questions = state.prompts.draw(max(size or config.pool_size, -(-num_bare // CAP)))
     return [policy.root(question, data.env) for question in questions]
 
 

@@ -108,21 +108,15 @@ def leaves(root):
 class Prefix(NamedTuple):
     """A place in a bare rollout from which it may be continued (stage 2)."""
     node: Node
-    outcome: float    # r, the reward of the bare rollout
-    tokens_left: int  # sampled tokens that the bare rollout still took from here
+    outcome: float  # r, the reward of the bare rollout
 
 
 def prefixes(root):
     """Every non-terminal prefix (t >= 1) of every bare rollout of a tree without continuations."""
     found = []
     for leaf in leaves(root):
-        below, tokens_left = leaf, 0
-        own = []
-        while below.depth > 1:
-            tokens_left += below.num_sampled
-            below = below.parent
-            own.append(Prefix(below, leaf.reward, tokens_left))
-        found += reversed(own)
+        for node in path(leaf)[1:-1]:
+            found.append(Prefix(node, leaf.reward))
     return found
 
 
@@ -183,24 +177,10 @@ def has_contrast(root):
 # A leaf's reward R reaches a turn through all leaves below it. A turn that several leaves share
 # is trained once, with the mean over its leaves. That mean needs only V̂: the mean of
 # (R − mean under a) over the leaves of y is V̂(y) − V̂(a).
-def standardised(node, ancestor):
-    """(V̂(node) − V̂(ancestor)) / std of the rewards under the ancestor, which are 0 or 1."""
-    std = (ancestor.value * (1 - ancestor.value)) ** 0.5
-    return (node.value - ancestor.value) / (std + EPSILON)
-
-
 def grpo(root):
     """(R − mean under root) / std, the same for every turn of a path (Shao et al. 2024)."""
-    return {y: standardised(y, root) for y in nodes(root)[1:]}
-
-
-def tree_grpo(root):
-    """grpo, plus the same within the subtree: a bare rollout with its continuations."""
-    credit = grpo(root)
-    for subtree in root.children:
-        for y in nodes(subtree):
-            credit[y] += standardised(y, subtree)
-    return credit
+    std = (root.value * (1 - root.value)) ** 0.5  # of rewards that are 0 or 1
+    return {y: (y.value - root.value) / (std + EPSILON) for y in nodes(root)[1:]}
 
 
 def treepo(root):
@@ -227,8 +207,7 @@ def root_value(root):
     return {y: y.value - root.value for y in nodes(root)[1:]}
 
 
-ADVANTAGES = {"grpo": grpo, "tree_grpo": tree_grpo, "treepo": treepo, "node_value": node_value,
-              "root_value": root_value}
+ADVANTAGES = {"grpo": grpo, "treepo": treepo, "node_value": node_value, "root_value": root_value}
 
 
 def advantages(root, rule):

@@ -14,15 +14,14 @@ SHOW_EVERY = 10  # steps
 DIM, ALARM = "\033[2m", "\033[1;31m"  # what a terminal understands
 
 
-def tree_metrics(pool, bare, continuations):
-    """What a step's trees look like, after backup; GUIDE.md explains each number. `pool`: the roots
-    of all candidates. The bare rollouts stand root by root."""
-    roots = [root for root in pool if root.children]
+def tree_metrics(pool, roots, bare, continuations):
+    """What a step's trees look like, after backup; GUIDE.md explains each number. `pool`: pairs of
+    Ṽ and m of all candidates. The bare rollouts stand root by root."""
     num_leaves, turns = len(bare) + len(continuations), list(chain(*map(nodes, roots)))
     rewards, mixed_groups = iter([leaf.reward for leaf in bare]), 0
     for root in roots:
         mixed_groups += len({next(rewards) for _ in root.children}) == 2
-    return {"pool": [(round(root.predicted, 3), len(root.children)) for root in pool],
+    return {"pool": [(round(float(v), 3), int(m)) for v, m in pool],
             "leaves": num_leaves, "active_prompts": len(roots),
             "leaves_per_prompt": num_leaves / len(roots),
             "reward_mean": sum(leaf.reward for leaf in bare) / len(bare),

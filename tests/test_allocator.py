@@ -44,7 +44,7 @@ def random_anchors(n, seed=0):
     """Anchors with all that a rule may look at."""
     rng = np.random.default_rng(seed)
     return Anchors(rng.random(n), rng.integers(0, 2, n), 5 * rng.random(n), 5 * rng.random(n),
-                   rng.uniform(20, 80, n), rng.uniform(1, 9, n))
+                   rng.uniform(1, 9, n))
 
 
 def apply(rule, anchors, budget, seed=0):
@@ -191,7 +191,6 @@ def known_mixed_prob(pool, m):
 @pytest.mark.parametrize("rule, value", [
     ("trace", lambda pool, m: mixed_prob(pool.v, m)),
     ("floor", lambda pool, m: mixed_prob(pool.v, m)),
-    ("knapsack", lambda pool, m: mixed_prob(pool.v, m) * pool.v * (1 - pool.v)**2),
     ("posterior", known_mixed_prob)])
 def test_root_rules_are_optimal(rule, value):
     """Given the floor: of nine rollouts a pair on a random one of three prompts, however
@@ -213,7 +212,6 @@ def likely_flip(p, k):
 @pytest.mark.parametrize("rule, value, least", [
     ("trace", lambda p, k: flip_prob(p.v, p.outcome, k), 0),
     ("floor", lambda p, k: flip_prob(p.v, p.outcome, k), 1),
-    ("cost_aware", lambda p, k: flip_prob(p.v, p.outcome, k) / p.cost, 0),
     ("posterior", likely_flip, 0)])
 def test_prefix_rules_are_optimal(rule, value, least):
     """Given the floor: of 12 continuations one for each of three prefixes."""
@@ -227,15 +225,15 @@ def test_prefix_rules_are_optimal(rule, value, least):
 def test_expand_trees(monkeypatch):
     """Trees of 2, 3 and 3 bare rollouts. The second has no prefix and hands its share back: 2 x 8
     continuations go to the others in proportion 2 to 3. A rule sees the prefixes of its own tree
-    alone, and what each of them is expected to cost."""
+    alone."""
     seen = []
 
     def rule(p, budget, rng):
-        seen.append((*p.v, *p.outcome, *p.cost, *p.concentration, budget))
+        seen.append((*p.v, *p.outcome, *p.concentration, budget))
         return p.outcome
     monkeypatch.setitem(PREFIX_RULES, "mine", rule)
-    found = [Prefix(None, 0, 20), Prefix(None, 1, 30)], [], [Prefix(None, 1, 40)]
+    found = [Prefix(None, 0), Prefix(None, 1)], [], [Prefix(None, 1)]
     v, sure, m = np.array([0.9, 0.8, 0.5]), np.array([5, 6, 7]), np.array([2, 3, 3])
     k = expand_trees(found, v, sure, m, 2, "mine", None)
     assert k.tolist() == [0, 1, 1]
-    assert seen == [(0.9, 0.8, 0, 1, 20, 30, 5, 6, 6), (0,), (0.5, 1, 40, 7, 10)]
+    assert seen == [(0.9, 0.8, 0, 1, 5, 6, 6), (0,), (0.5, 1, 7, 10)]

@@ -69,8 +69,8 @@ def test_paths_and_leaves(t):
     assert sampled_tokens(t["root"]) == 4 * 2 + 5
 
 
-def test_prefixes_carry_the_outcome_of_their_rollout_and_what_it_still_cost(t):
-    assert t["prefixes"] == [(t["a"], 1, 3), (t["b"], 1, 1), (t["g"], 0, 1)]
+def test_prefixes_carry_the_outcome_of_their_rollout(t):
+    assert t["prefixes"] == [(t["a"], 1), (t["b"], 1), (t["g"], 0)]
 
 
 def test_what_is_no_success(t):
@@ -104,11 +104,9 @@ def test_a_fresh_target_ignores_continuations_from_elsewhere(t):
 
 
 # ---------------------------------------------------------------- credit
-ROOT, A = 0.24 ** 0.5, (2 / 9) ** 0.5  # std of the rewards under the root and under a
+ROOT = 0.24 ** 0.5  # std of the rewards under the root
 CREDITS = {  # of a, b, d, g, i; c is like b, e and f like d, h like g, but for node_value
     "grpo": np.array([-1 / 15, 0.6, -0.4, -0.4, 0.6]) / ROOT,
-    "tree_grpo": [-1 / 15 / ROOT, 0.6 / ROOT + 2 / 3 / A, -0.4 / ROOT - 1 / 3 / A, -0.4 / ROOT,
-                  0.6 / ROOT],
     # means over root and a, times 30, scaled by their std over all 13 tokens
     "treepo": np.array([-2, 19, -11, -12, 18]) / np.std(
         [-2, -2, 19, 19, 19, -11, -11, -11, -11, -12, -12, -12, 18]),
