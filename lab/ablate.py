@@ -265,8 +265,8 @@ def parse(arguments):
     flag("--arms", help="only these, with commas between")
     flag("--jobs", type=int, default=os.cpu_count(), help="runs at once [%(default)s]")
     flag("--table", action="store_true", help="run nothing, print the tables")
-    flag("--rows", metavar="FILE", help="run nothing, print the tables of such rows alone, and "
-         "draw where their seeds end")
+    flag("--rows", metavar="FILE", help="run nothing, print the tables of such rows alone")
+    flag("--draw", action="store_true", help="with --rows: draw FILE-ends.png, where seeds end")
     flag("--differences", metavar="DIR", help="run nothing, print the paired differences that "
          "contrasts.txt in this folder lists, of all rows in it")
     flag("--dev", action="store_true", help="development seeds and wiki; rows stay in runs/")
@@ -288,7 +288,8 @@ def command(args):
         done = by_run(read_rows(file))
         if not done:
             raise UsageError(f"--rows {file}: no rows there")
-        draw_ends(done).write(file.with_name(f"{file.stem}-ends.png"))
+        if args.draw:
+            draw_ends(done).write(file.with_name(f"{file.stem}-ends.png"))
         return print(report(done))
     if args.differences:
         return print(all_differences(Path(args.differences)))

@@ -17,7 +17,7 @@ from trace_mini import Config, main
 from tree import leaves, nodes, path_ids, prefixes
 from world.cold_start import FIRST_WIKI, demonstration
 from world.questions import MAX_TURNS
-from world.toy import practice
+from world.oracle import practice
 
 FLAGS = "--eval-questions 4 --pool-size 2 --budget 60 --checkpoint-every 1 --turn-tokens 8".split()
 

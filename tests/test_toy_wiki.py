@@ -6,16 +6,14 @@ import pytest
 
 from engine.errors import UsageError
 from react_env import ReActEnv
+from world.oracle import oracle, read_value, run_agent
 from world.toy import (
     HOP_WEIGHTS,
     bare,
     is_namesake,
     make_questions,
     make_world,
-    oracle,
     parse_hop_mix,
-    read_value,
-    run_agent,
 )
 from world.words import RELATION, RELATIONS
 
@@ -35,7 +33,7 @@ def test_the_world_is_the_one_that_the_embedded_policies_were_made_for():
 
 
 def test_the_oracle_solves_every_question_within_seven_turns():
-    """It reads values from observations only. Long form: python -m world.toy --oracle 10000"""
+    """It reads values from observations only. Long form: python -m world.oracle --num 10000"""
     env, kinds, turns = ReActEnv(WORLD.wiki, max_turns=7), set(), set()
     for question in make_questions(WORLD, 1500):
         episode, _ = run_agent(env, question, oracle(question))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from react_env import ReActEnv
-from world.toy import HOP_WEIGHTS, make_questions, make_world, never, oracle, run_agent
+from world.oracle import never, oracle, run_agent
+from world.toy import HOP_WEIGHTS, make_questions, make_world
 from world.warm_start import (
     FAULTS,
     as_llama,

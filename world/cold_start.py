@@ -15,7 +15,7 @@ from react_env import split_completion
 from rollout import Rollout, end_turn
 from tree import nodes
 from world.questions import MAX_TURNS
-from world.toy import never, oracle, practice, run_agent
+from world.oracle import never, oracle, practice, run_agent
 
 FIRST_WIKI = 2_000_000  # their seeds; those of the warm start begin at 1,000,000
 PER_UPDATE = 4          # demonstrations

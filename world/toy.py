@@ -1,4 +1,4 @@
-"""A fictional Wikipedia made from a seed, its questions, and an oracle that answers them.
+"""A fictional Wikipedia made from a seed, and its questions.
 
     from world.toy import make_world, make_questions
     world = make_world(num_articles=1000, seed=0)            # any size, 100 to 100,000
@@ -16,8 +16,7 @@ makes the world worth learning in:
   nothing and answers with similar titles, of which one is meant.
 
 Questions are plans over functional relations, so every answer is unique by construction.
-`python -m world.toy --oracle 10000` lets the oracle, who reads values from observations
-only, answer them; `python -m world.toy` prints a few questions and how they are answered.
+`python -m world.oracle` prints a few questions and how they are answered.
 
 The order of the random draws *is* the world: whoever moves one makes another world, for
 which the embedded policies were not made.
@@ -25,14 +24,11 @@ which the embedded policies were not made.
 import hashlib
 import itertools
 import random
-import re
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.command_line import Parser, run_main
 from engine.errors import UsageError
-from react_env import SHOWN_SENTENCES, Question, ReActEnv, Wiki
+from react_env import SHOWN_SENTENCES, Question, Wiki
 from world.words import (
     ADJECTIVES,
     FILLERS,
@@ -309,143 +305,3 @@ def make_questions(world, num, seed=0, split=None, hop_weights=HOP_WEIGHTS, kind
             raise UsageError(f"a wiki of {len(world.wiki)} articles does not hold {num} questions "
                              f"of this sort (split {split}, hops {hop_weights}, kind {kind})")
     return list(found.values())
-
-
-# ---------------------------------------------------------------- its oracle
-def read_value(relation, subject, observation):
-    """The value of a relation as an observation tells it, or None. `subject` is the title of
-    the page. Knows the wordings, as any reader does, and nothing of the world."""
-    who = f"(?:[Tt]he (?:{'|'.join(TYPE_OF)})|{re.escape(bare(subject))})"
-    text = re.sub(r"^\(Result \d+ / \d+\) ", "", observation)
-    for sentence in re.split(r"(?<=\.) ", text):
-        for wording in RELATION[relation].sentences:
-            pattern = wording.replace(".", r"\.").format(s=who, o="(.+?)")
-            match = re.fullmatch(pattern, sentence)
-            if match:
-                return match[1]
-    return None
-
-
-def turn(thought, kind, argument):
-    """The text of one turn, as it stands after "Thought:"."""
-    return f" {thought}\nAction: {kind}[{argument}]"
-
-
-def never(fault, relation=None):
-    """The oracle's slips: none."""
-    return False
-
-
-def oracle(question, slip=never):
-    """Generator: yields the text of a turn, is sent the observation. It knows the plan of the
-    question and reads every value from observations. `slip(fault, relation) -> bool` decides
-    where it goes wrong: warm_start.py makes flawed demonstrations of it."""
-    thought = f"I look for {bare(question.starts[0])}."
-    values = []
-    for start in question.starts:
-        value = yield from _walk(question, start, thought, slip)
-        if value is None:
-            yield turn("I do not know.", "Finish", "unknown")
-            return
-        thought = f"The {question.relations[-1]} is {value}."
-        values.append(value)
-        hasty = "assume_yes" if question.goal == "same" else "one_side"
-        if question.goal != "value" and slip(hasty):
-            break
-    answer = value
-    if question.goal == "same":
-        answer = "yes" if len(set(values)) == 1 else "no"
-    elif question.goal != "value":
-        best = min(values) if question.goal == "earlier" else max(values)
-        answer = question.starts[values.index(best)]
-    yield turn(thought, "Finish", answer)
-
-
-def _walk(question, start, thought, slip):
-    """Follow the relations from `start`; returns the last value, None where it is lost."""
-    page = bare(start)
-    observation = yield turn(thought, "Search", page)
-    if is_namesake(start):
-        page, observation = yield from _choose(start, observation, slip)
-        if page is None:
-            return None
-    for hop, name in enumerate(question.relations, 1):
-        value = read_value(name, page, observation)
-        neighbour = RELATION[name].neighbour
-        other = read_value(neighbour, page, observation) if neighbour else None
-        if other and slip("confuse", relation=name):
-            value = other
-        elif value is None and slip("no_lookup"):  # whatever is of the same type
-            for relation in RELATIONS:
-                if value is None and relation.target == RELATION[name].target:
-                    value = read_value(relation.name, page, observation)
-        while value is None:
-            if observation.startswith(("No more", "Could not")):
-                return None
-            observation = yield turn(f"The {name} is not shown.", "Lookup", RELATION[name].keyword)
-            value = read_value(name, page, observation)
-        if hop == len(question.relations) or hop >= 2 and slip("early_stop"):
-            return value
-        page = value
-        observation = yield turn(f"The {name} is {value}.", "Search", value)
-
-
-def _choose(start, observation, slip):
-    """Pick the title that is meant from a page of namesakes or a list of similar titles.
-    Returns (page, observation), page None where it gives up."""
-    if observation.startswith("Could not") and slip("give_up"):
-        return None, observation
-    page = start
-    if slip("first_choice"):
-        page = re.search(rf"{bare(start)} \(\w+\)", observation)[0]
-    observation = yield turn(f"I choose {page}.", "Search", page)
-    if page != start and not slip("no_check"):
-        page = start
-        observation = yield turn("This is the wrong page.", "Search", page)
-    return page, observation
-
-
-def practice(first_seed, max_turns, **options):
-    """Endless (environment, question) on small wikis with seeds from `first_seed` on: what is
-    demonstrated. The options are those of make_questions."""
-    for seed in itertools.count(first_seed):
-        world = make_world(200, seed)
-        env = ReActEnv(world.wiki, max_turns)
-        for question in make_questions(world, 100, **options):
-            yield env, question
-
-
-def run_agent(env, question, agent):
-    """Play one episode -> (final Episode, [(text, observation) of every turn])."""
-    episode, text = env.reset(question), next(agent)
-    turns = []
-    while True:
-        episode = env.step(episode, text.partition("Action: ")[2])
-        turns.append((text, episode.observation))
-        if episode.done:
-            return episode, turns
-        text = agent.send(episode.observation)
-
-
-def main():
-    parser = Parser(__doc__, prog="world.toy")
-    parser.add_argument("--articles", type=int, default=1000, help="articles in the wiki")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the wiki")
-    parser.add_argument("--oracle", type=int, metavar="N", help="let the oracle answer N questions")
-    options = parser.parse_args()
-    world = make_world(options.articles, options.seed)
-    env = ReActEnv(world.wiki)
-    questions = make_questions(world, options.oracle or 8)
-    num_solved = 0
-    for question in questions:
-        episode, turns = run_agent(env, question, oracle(question))
-        num_solved += episode.reward
-        if not options.oracle:
-            print(f"\nQuestion ({question.kind}, {question.num_hops} hops): {question.text}")
-            for text, observation in turns:
-                print(f"Thought:{text}\nObservation: {observation}")
-    print(f"oracle: {num_solved:.0f} of {len(questions)} solved")
-
-
-if __name__ == "__main__":
-    sys.exit(run_main("world.toy", main))

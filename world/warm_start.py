@@ -38,7 +38,8 @@ from predictor import monte_carlo_value
 from react_env import observation_text, prompt_text
 from trace_mini import Config, evaluate
 from world.questions import MAX_TURNS, load_data
-from world.toy import HOP_WEIGHTS, never, oracle, practice, run_agent
+from world.oracle import never, oracle, practice, run_agent
+from world.toy import HOP_WEIGHTS
 from world.words import SYLLABLES
 
 bnb = import_bitsandbytes()
