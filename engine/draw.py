@@ -52,8 +52,9 @@ SMOOTH = 10  # steps whose mean reward is drawn
 CURVES = (  # (panel, column, meaning)
     (0, "em_first", "held-out exact match, greedy"),
     (0, "smooth_reward", f"training: reward of bare rollouts, mean of {SMOOTH} steps"),
-    (1, "effective_ratio", "Effective Ratio, realised"),
-    (1, "predicted_effective_ratio", "Effective Ratio, predicted"),
+    (1, "effective_ratio", "Effective Ratio"),
+    (1, "bare_effective_ratio", "Effective Ratio of the bare rollouts"),
+    (1, "predicted_effective_ratio", "the same, predicted"),
     (1, "predictor_auroc", "predictor AUROC (0.5: chance)"))
 
 
