@@ -60,7 +60,7 @@ def draw_sample(policy, env, questions, num, predictors):
     roots = [policy.root(question, env) for question in questions[:num // 2]]
     prefill(policy, roots)
     grow(policy, env, roots, [BARE] * len(roots), ["bare"])
-    anchors = [Prefix(root, 0, 0) for root in roots]
+    anchors = [Prefix(root, 0) for root in roots]
     for root in roots:
         if len(anchors) < num:
             anchors += prefixes(root)
