@@ -69,7 +69,7 @@ def draw_sample(policy, env, questions, num, predictors):
         nodes = [anchor.node for anchor in anchors[i:i + BATCH]]
         halves = monte_carlo_value(policy, env, nodes * 2, HALF, [i]).reshape(2, -1)
         guesses = [predictor.predict(features(nodes)) for predictor in predictors.values()]
-        for (node, outcome, _), *chances in zip(anchors[i:], *halves, *guesses):
+        for (node, outcome), *chances in zip(anchors[i:], *halves, *guesses):
             question = node.state.question
             kind = "prefixes" if node.depth else "roots"
             pool = question.id if node.depth else ""  # what shares a budget
