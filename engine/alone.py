@@ -39,6 +39,9 @@ class Alone:
         """work() in the first process; what comes of it, or its error, is told to all."""
         return work()
 
+    def part_ways(self):
+        """At the end of a run: nobody leaves while another still works."""
+
     def add_up(self, weights, number):
         """-> the sum over processes of a number, and, in place, that of the gradients."""
         return number

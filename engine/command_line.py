@@ -183,6 +183,7 @@ def run_main(program, work, hint=""):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character ends nothing
     try:
         code = work() or 0
+        team().part_ways()
         sys.stdout.flush()
         return code
     except BrokenPipeError:

@@ -94,6 +94,10 @@ class Team(Alone):
                 w.grad = total.view_as(w).to(w.dtype)
         return flat[-2].item()
 
+    def part_ways(self):
+        self.together(torch.distributed.barrier)
+        torch.distributed.destroy_process_group()
+
     def gather(self, thing):
         """What each process has, in order."""
         told = [None] * self.count
