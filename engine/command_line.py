@@ -103,13 +103,17 @@ def changed_dials(config):
 
 
 def command_of(config):
-    """The command line that makes such a run, as text. Of files and folders the names stay: who
-    reads it has them elsewhere."""
+    """The command line that makes such a run, as text, without paths."""
     words = ["python", "trace_mini.py", "--method", config.method]
     for flag, text in changed_dials(config).items():
         if flag not in ("--out", "--resume"):
-            words += [flag, os.path.basename(text) if os.path.isabs(text) else text]
+            words += [flag, without_path(text)]
     return shlex.join(filter(None, words))
+
+
+def without_path(name):
+    """Of a file or folder its name alone: who reads it has it elsewhere."""
+    return os.path.basename(name) if os.path.isabs(name) else name
 
 
 def parse_dials(config_class, description, arguments=None):

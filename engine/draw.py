@@ -133,7 +133,7 @@ def mark_of(node):
     return "…" if node.overflowed or node.state.prediction is None else "✗"
 
 
-def action_of(node, text_of):
+def _action(node, text_of):
     if node.parent is None:
         return "(question)"
     return " ".join(split_completion(text_of(node))[1].split()) or "(no action)"
@@ -153,7 +153,7 @@ def tree_text(root, text_of, width=56):
     lines = textwrap.wrap(root.state.question.text, 75)
     lines.append(f"{'':{width}}     Ṽ     V̂ leaves")
     for node in nodes(root):
-        line = f"{'│  ' * node.depth}{mark_of(node)} {action_of(node, text_of)}"
+        line = f"{'│  ' * node.depth}{mark_of(node)} {_action(node, text_of)}"
         line = f"{_cut(line, width):{width}}{_number(node.predicted):>6}"
         if not node.is_leaf:
             line += f"{_number(node.value):>6}{node.num_leaves:7}"
@@ -176,7 +176,7 @@ def draw_tree(root, text_of, title="", estimate="value", label=""):
     axes.text(-0.12, height - 0.9, "\n".join(head), va="top", linespacing=1.5, parse_math=False)
     for node, row in rows.items():
         if node is not root:
-            _draw_turn(axes, node, rows, action_of(node, text_of))
+            _draw_turn(axes, node, rows, _action(node, text_of))
         mark = mark_of(node)
         marker, fill = LOOKS[mark]
         number = _number(getattr(node, estimate)).lstrip("0")

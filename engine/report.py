@@ -6,7 +6,7 @@ What a policy or a wiki wrote stays data there: the page shows it as text and no
 import json
 from pathlib import Path
 
-from engine.draw import action_of, mark_of, smoothed
+from engine.draw import mark_of, smoothed
 from engine.files import read_lines, write_aside
 from react_env import parse_action, split_completion
 from tree import nodes, path
@@ -37,7 +37,7 @@ def turn_row(policy, node, above):
         return {"value": rounded(node.value), "predicted": rounded(node.predicted),
                 "leaves": node.num_leaves, "started": len(node.children)}
     thought, action = split_completion(policy.wrote(node))
-    kind, argument = parse_action(action_of(node, policy.wrote))
+    kind, argument = parse_action(action)
     started = [child for child in node.children if child.sample != node.sample]
     return {"above": above, "mark": mark_of(node), "kind": kind, "argument": argument,
             "thought": thought, "action": action, "read": policy.text(node.ids[node.num_sampled:]),

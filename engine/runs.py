@@ -21,7 +21,7 @@ from zipfile import ZipFile
 import torch
 from safetensors import SafetensorError
 
-from engine.command_line import changed_dials, command_of, flag_of, own_dials
+from engine.command_line import changed_dials, command_of, flag_of, own_dials, without_path
 from engine.draw import SMOOTH, draw_curve
 from engine.errors import UsageError, first_line
 from engine.files import read_lines, write_aside, write_json
@@ -207,22 +207,19 @@ def check_inputs(folder, saved, inputs):
 
 def model_card(folder, known):
     """Text of adapter/README.md: what was trained, by which command, and how it scores."""
-    base, scores = known["config"]["model"], []
-    if os.path.isabs(base):
-        base = os.path.basename(base)
-    for row in read_lines(folder / "evals.jsonl"):
-        scores.append(describe_scores(row))
+    evals = read_lines(folder / "evals.jsonl")
+    scores = describe_scores(evals[-1]) if evals else "Nothing was evaluated yet."
     return f"""\
 ---
 library_name: peft
 ---
-# LoRA weights for {base}
+# LoRA weights for {without_path(known["config"]["model"])}
 
 Trained by trace-mini (TRACE, arXiv 2606.11119) with
 
     {known["command"]}
 
-{(scores or ["Nothing was evaluated yet."])[-1]}
+{scores}
 """
 
 

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.draw import COLOURS, GREY, STYLES, Picture, draw_cycle  # noqa: F401
-from lab.pictures import draw_differences  # noqa: F401
 from world.example import check  # noqa: F401
 
 SMALL = "TRACE_MINI_SMALL" in os.environ  # less of everything, to test a notebook

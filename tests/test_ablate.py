@@ -18,6 +18,7 @@ from conftest import assert_refused, metrics
 from engine.command_line import dial
 from lab import ablate
 from lab.ablate import HOW, PRESETS, Run, made_with, main, plan, run_all, score_transfer
+from lab.pictures import draw_ends
 from lab.stats import interval, sign_flip, summary
 from lab.tables import (
     area,
@@ -126,6 +127,16 @@ def test_table_pairs_each_arm_with_the_first_one_of_its_world(done):
         "| grpo@2 | 2 of 3 | 85.0 ± 63.5 | 52.5 ± 31.8 | – | – | 100 % | 0.50 | 2.0 |",
         "| trace@2 | 3 | 85.0 ± 21.5 | 52.5 ± 10.8 | -5.0 ± 63.5 | -2.5 ± 31.8 | never | 0.50 "
         "| 2.0 |"]
+
+
+def test_every_run_is_a_dot_and_one_that_broke_down_an_arrow():
+    """Thirty good runs and one far to the left of them: it is shown, and flattens nothing."""
+    done = {("grpo", seed): rows_of(RUNS[0], 0.40 + seed / 1000) for seed in range(30)}
+    done["trace", 0] = rows_of(RUNS[1], 0.01)
+    lines = draw_ends(done).axes[0].lines
+    marks = [line.get_marker() for line in lines]
+    assert marks.count("o") == len(done) - 1 and marks.count("<") == 1
+    assert min(line.get_xdata()[0] for line in lines) > 25
 
 
 def test_the_end_is_the_mean_of_the_large_evaluations_after_the_start():

@@ -23,8 +23,8 @@ def made(tmp_path, monkeypatch):
         config = parse_config(flags.split())
         (folder / "config.json").write_text(json.dumps(asdict(config)))
         times = {f"time_{name}_s": 1.0 for name in LAPS}
-        step = times | {"leaves": 9, "loss_tokens": 5, "effective_ratio": 0.5,
-                "mixed_of_8": 0.5, "leaves_per_prompt": 9, "coverage": 0.1}
+        step = times | {"leaves": 9, "loss_tokens": 5, "effective_ratio": 0.5, "mixed_of_8": 0.5,
+                        "leaves_per_prompt": 9, "coverage": 0.1}
         (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
         row = {"f1": 0.5, "num_questions": num, "by_hops": {}, "by_kind": {}}
         evals = [row | {"step": i, "sampled_tokens": 100 * i, "em": x, "em_first": x}

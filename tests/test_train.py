@@ -10,9 +10,9 @@ import pytest
 from conftest import assert_refused, fresh_policy, metrics
 
 from allocator import CAP, PREFIX_RULES, ROOT_RULES, mixed_prob
-from engine.command_line import flag_of
+from engine.command_line import command_of, flag_of
 from engine.errors import UsageError
-from engine.runs import free_folder, start_folder
+from engine.runs import free_folder, model_card, start_folder
 from engine.schedule import Schedule, due_evaluations
 from engine.tell import describe_step, mixed_of_8
 from predictor import PREDICTORS
@@ -73,6 +73,10 @@ def test_the_card_of_an_adapter_tells_base_command_and_scores(finished):
     card = (finished / "adapter" / "README.md").read_text()
     assert "LoRA weights for tiny" in card and "python trace_mini.py --method" in card
     assert "held-out exact match" in card and str(HERE) not in card
+    known = {"config": {"model": "/a/secret/base"}, "command": "x"}
+    assert "for base" in (card := model_card(finished, known)) and "secret" not in card
+    command = command_of(parse_config(["--data", str(finished / "config.json")]))
+    assert command == "python trace_mini.py --method trace --data config.json"
 
 
 def test_predicted_and_bare_effective_ratio_are_of_the_same_groups(quick):
