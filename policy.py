@@ -234,8 +234,8 @@ class Policy:
     def load_state_dict(self, state):
         set_adapter(self.model, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.set_prompt(*state.get("prompt", (self.before, self.behind)))
-        if state.get("plain", self.plan.plain) != self.plan.plain:
+        self.set_prompt(*state["prompt"])
+        if state["plain"] != self.plan.plain:
             self.set_plan(plan_memory(self, state["plain"]))
 
 

@@ -43,7 +43,8 @@ from rollout import MOST_TOKENS, grow, prefill
 from tree import ADVANTAGES, advantages, backup, prefixes, sampled_tokens
 from world.cold_start import cold_start
 from world.files import write_predictions
-from world.questions import HOP_MIX, Prompts, load_data, summarise
+from world.questions import Prompts, load_data, summarise
+from world.toy import HOP_MIX
 
 HERE = Path(__file__).resolve().parent
 
@@ -279,7 +280,6 @@ def train(config, policy, data, folder, saved=None, stopped=()):
             row |= {"eval_em": result["em"], "eval_f1": result["f1"]}
         journal.write("metrics", row)
         journal.write("trees", tree_rows(policy, trees[:config.save_trees], step))
-        bar.set_postfix_str(journal.latest())
         if last or stop or state.schedule.broken or step % config.checkpoint_every == 0:
             save_run(folder, step, known, journal, parts)
         state.schedule.check(folder)
@@ -290,7 +290,7 @@ def train(config, policy, data, folder, saved=None, stopped=()):
 
 # ---------------------------------------------------------------- command line
 parse_config = partial(parse_dials, Config, __doc__)  # (arguments) -> Config
-read_config = partial(load_dials, Config)  # (run folder, **changed) -> Config
+read_config = partial(load_dials, Config)  # (run folder) -> Config
 
 
 def run(config):

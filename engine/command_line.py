@@ -140,7 +140,7 @@ def parse_dials(config_class, description, arguments=None):
         return config_class(**vars(given))
     if given.out == saved.out:
         given.out = ""  # it goes on where it is
-    for name, value in own_dials(saved).items() | {("out", "")}:
+    for name, value in {**own_dials(saved), "out": ""}.items():
         if getattr(given, name) != value:
             raise UsageError(f"--resume {given.resume}: that run has {name} {value}, not "
                              f"{getattr(given, name)}; only --steps, the memory dials and "
@@ -159,11 +159,11 @@ def absolute(given):
     return dials
 
 
-def load_dials(config_class, folder, **changed):
-    """-> the dataclass of the run in `folder`, with some dials changed."""
+def load_dials(config_class, folder):
+    """-> the dataclass of the run in `folder`."""
     file = Path(folder) / "config.json"
     try:
-        dials = json.loads(file.read_text()) | changed
+        dials = json.loads(file.read_text())
         for field in dataclasses.fields(config_class):
             value = dials.get(field.name, field.default)
             right = field.type is type(value) or (field.type is float and type(value) is int)

@@ -61,10 +61,7 @@ CURVES = (  # (panel, column, meaning)
 def draw_curve(folder):
     """Write curve.png of a run folder, from metrics.jsonl and evals.jsonl; -> its Path."""
     folder = Path(folder)
-    rows = read_lines(folder / "metrics.jsonl")
-    for row, reward in zip(rows, smoothed([row["reward_mean"] for row in rows])):
-        row["smooth_reward"] = reward
-    rows += read_lines(folder / "evals.jsonl")
+    rows = read_metrics(folder) + read_lines(folder / "evals.jsonl")
     x = [row["sampled_tokens"] for row in rows]
     figure = Picture(figsize=(6.4, 7.5), layout="constrained")
     figure.suptitle(folder.resolve().name, parse_math=False)
@@ -77,13 +74,13 @@ def draw_curve(folder):
     return figure.write(folder / "curve.png")
 
 
-def smoothed(values):
-    """Running mean of the last SMOOTH values."""
-    means = []
-    for i in range(len(values)):
-        some = values[max(0, i + 1 - SMOOTH):i + 1]
-        means.append(sum(some) / len(some))
-    return means
+def read_metrics(folder):
+    """The rows of metrics.jsonl, with the mean reward of the last SMOOTH steps in each."""
+    rows = read_lines(folder / "metrics.jsonl")
+    for i, row in enumerate(rows):
+        recent = [row["reward_mean"] for row in rows[max(0, i + 1 - SMOOTH):i + 1]]
+        row["smooth_reward"] = sum(recent) / len(recent)
+    return rows
 
 
 # ---------------------------------------------------------------- the cycle

@@ -6,7 +6,7 @@ What a policy or a wiki wrote stays data there: the page shows it as text and no
 import json
 from pathlib import Path
 
-from engine.draw import mark_of, smoothed
+from engine.draw import mark_of, read_metrics
 from engine.files import read_lines, write_aside
 from react_env import parse_action, split_completion
 from tree import nodes, path
@@ -33,18 +33,18 @@ def tree_row(policy, root):
 def turn_row(policy, node, above):
     """One turn: `above` is the place of its parent, `started` how many rollouts began here (m at
     the root, k elsewhere), `logprob` that of all that was sampled."""
+    started = [child for child in node.children if not node.depth or child.sample != node.sample]
+    row = {"value": rounded(node.value), "predicted": rounded(node.predicted),
+           "leaves": node.num_leaves, "started": len(started)}
     if above is None:
-        return {"value": rounded(node.value), "predicted": rounded(node.predicted),
-                "leaves": node.num_leaves, "started": len(node.children)}
+        return row
     thought, action = split_completion(policy.wrote(node))
     kind, argument = parse_action(action)
-    started = [child for child in node.children if child.sample != node.sample]
-    return {"above": above, "mark": mark_of(node), "kind": kind, "argument": argument,
-            "thought": thought, "action": action, "read": policy.text(node.ids[node.num_sampled:]),
-            "continued": node.sample != path(node)[1].sample,
-            "value": rounded(node.value), "predicted": rounded(node.predicted),
-            "leaves": node.num_leaves, "started": len(started),
-            "logprob": rounded(node.logprobs.sum()), "sampled": node.num_sampled}
+    read = policy.text(node.ids[node.num_sampled:])
+    return row | {"above": above, "mark": mark_of(node), "kind": kind, "argument": argument,
+                  "thought": thought, "action": action, "read": read,
+                  "continued": node.sample != path(node)[1].sample,
+                  "logprob": rounded(node.logprobs.sum()), "sampled": node.num_sampled}
 
 
 def rounded(number):
@@ -69,10 +69,7 @@ def read_trees(file):
 def write_report(folder, command=""):
     """Write report.html of a run folder; -> its Path. `command` made the run."""
     folder = Path(folder)
-    rows = read_lines(folder / "metrics.jsonl")
-    for row, reward in zip(rows, smoothed([row["reward_mean"] for row in rows])):
-        row["smooth_reward"] = reward
-    run = {"name": folder.resolve().name, "command": command, "metrics": rows,
+    run = {"name": folder.resolve().name, "command": command, "metrics": read_metrics(folder),
            "evals": read_lines(folder / "evals.jsonl"),
            "trees": read_trees(folder / "trees.jsonl")}
     text = json.dumps(run).replace("<", "\\u003c")  # else an article could end the data

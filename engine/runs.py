@@ -22,14 +22,14 @@ import torch
 from safetensors import SafetensorError
 
 from engine.command_line import changed_dials, command_of, flag_of, own_dials, without_path
-from engine.draw import SMOOTH, draw_curve
+from engine.draw import draw_curve
 from engine.errors import UsageError, first_line
 from engine.files import read_lines, write_aside, write_json
 from engine.processes import team
 from engine.report import write_report
 from engine.tell import describe_scores, say
 
-PARTS = {"config", "state", "policy", "predictor", "lengths"}  # of every checkpoint
+PARTS = {"config", "inputs", "state", "policy", "predictor", "lengths"}  # of every checkpoint
 MOST_BYTES = 100  # of a folder's name
 
 
@@ -45,7 +45,8 @@ def free_folder(config):
         if (Path(out) / "config.json").exists():
             raise UsageError(f"--out {out}: holds a run already; --resume {out} goes on with it")
         return Path(out)
-    name = f"{config.method}-{Path(config.data).stem}-s{config.seed}"
+    kind = "eval" if config.eval_only else config.method
+    name = f"{kind}-{Path(config.data).stem}-s{config.seed}"
     changed = changed_dials(config)
     for flag in map(flag_of, own_dials(config)):
         if flag in changed and flag not in ("--data", "--seed"):
@@ -82,10 +83,10 @@ class Journal:
     def __init__(self, folder, lengths):
         """`lengths`: bytes of each that the checkpoint knows; none in a fresh run."""
         self.streams, self.is_new = {}, not lengths.get("evals")  # nothing evaluated yet
-        self.rewards, self.em = team().first(lambda: self.open(folder, lengths))
+        team().first(lambda: self.open(folder, lengths))
 
     def open(self, folder, lengths):
-        """In the first process, which writes them. -> what they hold: rewards, last evaluation"""
+        """In the first process, which writes them."""
         for name in ("metrics", "evals", "trees"):
             stream, length = open(folder / f"{name}.jsonl", "ab"), lengths.get(name, 0)
             if name == "trees" and stream.tell() < length:
@@ -96,8 +97,6 @@ class Journal:
             stream.truncate(length)
             stream.seek(length)
             self.streams[name] = stream
-        rewards = [row["reward_mean"] for row in read_lines(folder / "metrics.jsonl")]
-        return rewards, ([None] + [row["em"] for row in read_lines(folder / "evals.jsonl")])[-1]
 
     def write(self, name, row):
         """A number that is not finite becomes null: JSON knows no NaN."""
@@ -108,16 +107,6 @@ class Journal:
         if name in self.streams:
             self.streams[name].write(json.dumps(known).encode() + b"\n")
             self.streams[name].flush()
-        if name == "metrics":
-            self.rewards.append(row["reward_mean"])
-        elif name == "evals":
-            self.em = row["em"]
-
-    def latest(self):
-        """Reward, smoothed, and the last evaluation, for the bar."""
-        known = "" if self.em is None else f", held-out {100 * self.em:.0f} %"
-        recent = self.rewards[-SMOOTH:]
-        return f"reward {sum(recent) / len(recent):.2f}{known}"
 
     def sync(self):
         """Bring all to the disk, before a checkpoint relies on it; -> lengths in bytes."""
@@ -196,9 +185,7 @@ def inputs_of(policy, data):
 def check_inputs(folder, saved, inputs):
     """UsageError where the content of what a run reads, {what: fingerprint}, is not what it
     began with. `saved`: its checkpoint, None in a fresh run."""
-    known = inputs if saved is None else saved.get("inputs")
-    if known is None:
-        return say(f"{folder}: an old checkpoint: {', '.join(inputs)} were not checked")
+    known = saved["inputs"] if saved else inputs
     for name, value in inputs.items():
         if known[name] != value:
             raise UsageError(f"--resume {folder}: {name}: not what the run began with; bring it "

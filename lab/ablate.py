@@ -76,7 +76,12 @@ tuning      pcl-2.7e-3      4  --method pcl --predictor probe --learning-rate 2.
 tuning      grpo-4e-3       4  --method grpo --learning-rate 4e-3
 tuning      treepo-4e-3     4  --method treepo --learning-rate 4e-3
 tuning      trace-4e-3      4  --method trace --learning-rate 4e-3
-tuning      pcl-4e-3        4  --method pcl --predictor probe --learning-rate 4e-3""".split("\n"):
+tuning      pcl-4e-3        4  --method pcl --predictor probe --learning-rate 4e-3
+tuning      grpo-group4     4  --method grpo --group-size 4 --learning-rate 2.7e-3
+tuning      treepo-group6   4  --method treepo --group-size 6 --learning-rate 4e-3
+tuning      trace-pool96    4  --method trace --pool-size 96 --learning-rate 2.7e-3
+tuning      pcl-group4      4  --method pcl --predictor probe --group-size 4 --learning-rate 2.7e-3
+""".splitlines():
     preset, arm, num_seeds, flags = line.split(maxsplit=3)
     PRESETS.setdefault(preset, {})[arm] = int(num_seeds), flags
 

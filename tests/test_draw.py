@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.transforms import Bbox
 
-from engine.draw import Picture, draw_curve, draw_cycle, draw_tree, tree_text, smoothed
+from engine.draw import Picture, draw_curve, draw_cycle, draw_tree, read_metrics, tree_text
 from tree import backup
 from world.example import ENV, RIGHT, example_tree, play, wrote
 
@@ -104,8 +104,11 @@ def test_tree_shows_what_it_should():
     assert {".40", ".90"} <= {text.get_text() for text in second.texts}
 
 
-def test_the_reward_is_smoothed():
+def test_the_reward_is_smoothed(tmp_path):
     """The first values, of which there are fewer before them, too."""
-    means = smoothed([1.0] * 5 + [0.0] * 20)
+    rewards = [1.0] * 5 + [0.0] * 20
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"reward_mean": {reward}}}\n' for reward in rewards))
+    means = [row["smooth_reward"] for row in read_metrics(tmp_path)]
     assert means[:6] == [1.0] * 5 + [5 / 6]
     assert means[9:11] == [0.5, 0.4] and means[14:] == [0.0] * 11

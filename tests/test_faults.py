@@ -20,6 +20,7 @@ from policy import load_policy
 from react_env import Question, ReActEnv, Wiki, parse_action, split_completion
 from trace_mini import Config, main
 from world.files import load_questions
+from world.questions import load_data
 
 
 @pytest.fixture
@@ -219,8 +220,11 @@ def test_inputs_are_known_by_content(faults, tmp_path, capsys, monkeypatch):
     assert_refused(main, resume, "put 300 back", capsys)
 
 
-def test_an_old_checkpoint_goes_on_unchecked(tmp_path, capsys):
-    check_inputs(tmp_path, {}, {"weights": "1"})
-    assert "were not checked" in capsys.readouterr().out
+def test_a_run_on_another_mix_scores_a_file(faults):
+    config = Config(data=f"{faults}/hub-hotpot.json", hop_mix="0,100", eval_only=True, out="x")
+    assert len(load_data(config).eval) == 20
+
+
+def test_weights_that_changed_are_refused(tmp_path):
     with pytest.raises(UsageError, match="weights: not what the run began with"):
         check_inputs(tmp_path, {"inputs": {"weights": "2"}}, {"weights": "1"})

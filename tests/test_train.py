@@ -53,6 +53,7 @@ def test_two_runs_never_share_a_folder(tmp_path):
     ("", "trace-toy-s0"), ("--method grpo --seed 4 --show-tree --steps 3", "grpo-toy-s4"),
     ("--learning-rate 1e-3 --no-4bit", "trace-toy-s0-learning-rate-0.001-no-4bit"),
     ("--model a/b --hop-mix 1,2", "trace-toy-s0-model-b-hop-mix-1,2"),
+    ("--eval-only", "eval-toy-s0"),
     ("--model " + 300 * "ж", "trace-toy-s0-model-" + 40 * "ж")])
 def test_a_folder_is_named_after_what_is_not_at_its_default(words, name):
     assert free_folder(parse_config(words.split())) == Path("runs", name)

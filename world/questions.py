@@ -10,11 +10,10 @@ from engine.files import fingerprint
 from react_env import ReActEnv, normalize_answer
 from tree import leaves
 from world.files import load_questions
-from world.toy import HOP_WEIGHTS, make_questions, make_world, parse_hop_mix
+from world.toy import HOP_MIX, make_questions, make_world, parse_hop_mix
 
 NUM_ARTICLES = 1000   # of the toy wiki
 NUM_QUESTIONS = 4000  # of the toy wiki, to train on
-HOP_MIX = ",".join(f"{100 * weight:.0f}" for weight in HOP_WEIGHTS)  # as text, in percent
 MAX_TURNS = 8         # of an episode, Finish included
 COUNT_DECAY = 0.9     # of counted outcomes, whenever a step adds to them
 
@@ -66,11 +65,9 @@ def load_data(config):
         except UsageError as error:
             raise UsageError(f"--eval-questions: {error}") from None
         return Data(env, train, env, held_out, num_eval)
-    if config.hop_mix != HOP_MIX:
-        raise UsageError("--hop-mix goes with --data toy")
     everything = config.scores_a_file
-    if config.cold_start and not everything:
-        raise UsageError(f"--cold-start: --data {config.data} has no oracle")
+    if not everything and (config.cold_start or config.hop_mix != HOP_MIX):
+        raise UsageError("--cold-start and --hop-mix go with --data toy")
     questions, env, notice = load_file(config.data, everything)
     if everything:
         return Data(env, [], env, questions, len(questions), notice)

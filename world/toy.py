@@ -184,7 +184,7 @@ def _value(rng, target, titles):
 
 
 # ---------------------------------------------------------------- its questions
-HOP_WEIGHTS = (0.36, 0.32, 0.22, 0.1)  # how often a chain of 1, 2, ... hops is tried
+HOP_MIX = "36,32,22,10"  # percent: how often a chain of 1, 2, ... hops is tried
 MOST_TURNS = 7  # that the oracle may need: chains of at most six hops
 KINDS = ("bridge",) * 6 + ("lookup", "similar", "comparison", "yes_no")
 
@@ -204,6 +204,9 @@ def parse_hop_mix(text):
         raise UsageError(f"--hop-mix {text}: give percents of 1, 2, ... up to 6 hops that add up "
                          "to 100, as in 36,32,22,10")
     return tuple(int(part) / 100 for part in parts)
+
+
+HOP_WEIGHTS = parse_hop_mix(HOP_MIX)
 
 
 def _question(world, kind, starts, relations, goal, text, answer, path):

@@ -16,7 +16,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
@@ -29,15 +28,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from allocator import mixed_prob
 from engine.command_line import Parser, run_main
-from engine.errors import UsageError
 from engine.loading import import_bitsandbytes
-from policy import load_policy
-from predictor import monte_carlo_value
 from react_env import observation_text, prompt_text
-from trace_mini import Config, evaluate
-from world.questions import MAX_TURNS, load_data
+from world.questions import MAX_TURNS
 from world.oracle import never, oracle, practice, run_agent
 from world.toy import HOP_WEIGHTS
 from world.words import SYLLABLES
@@ -236,10 +230,8 @@ def fit(model, stream, num_steps, rate, name, nf4=False):
 
 
 def build_tiny(seed=0):
-    """Build the embedded policy and report its spread: seed 0 makes tiny/, 1 tiny2/, and so on. The
-    weights lie on the NF4 grid in half precision: loaded in 4 bits or in 16, they are the same."""
-    if not hasattr(torch.optim, "Muon"):
-        raise UsageError(f"this needs torch 2.9 or newer, for Muon, not {torch.__version__}")
+    """Build the embedded policy: seed 0 makes tiny/, 1 tiny2/, and so on. The weights lie on the
+    NF4 grid in half precision: loaded in 4 bits or in 16, they are the same."""
     torch.manual_seed(seed)
     first = 4 * seed  # seed of the demonstrations
     tokenizer, model = make_tokenizer(seed), make_model(seed)
@@ -252,26 +244,6 @@ def build_tiny(seed=0):
     folder = Path(__file__).resolve().parent / (f"tiny{seed + 1}" if seed else "tiny")
     as_llama(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    report(str(folder), wiki_seed=seed)
-
-
-def report(model="tiny", wiki_seed=0, num_questions=100, num_rollouts=64):
-    """Print greedy accuracy by kind and hop count, and the spread of success probabilities."""
-    config = Config(model=model, wiki_seed=wiki_seed, eval_questions=num_questions)
-    data, policy = load_data(config), load_policy(config)
-    greedy = evaluate(policy, data.env, data.eval)
-    print(f"greedy exact match of {num_questions} held-out questions: {greedy['em']:.2f} "
-          f"({greedy['tokens']:.0f} tokens each)")
-    for group in ("by_kind", "by_hops"):
-        for name, em in greedy[group].items():
-            print(f"  {group} {name:12s} {em:.2f}")
-    roots = [policy.root(question, data.env) for question in data.eval]
-    values = monte_carlo_value(policy, data.env, roots, num_rollouts, ("spread",))
-    edges = (0, 0.01, 0.1, 0.5, 0.9, 1.01)
-    print(f"share of questions by the success probability of {num_rollouts} sampled episodes:")
-    for i, num in enumerate(np.histogram(values, edges)[0]):
-        print(f"  from {edges[i]:4} to {edges[i + 1]:4}  {num / num_questions:.2f}")
-    print(f"expected Effective Ratio of groups of eight: {mixed_prob(values, 8).mean():.2f}")
 
 
 def main():
