@@ -84,8 +84,9 @@ def expected_random(repeats, num):
 
 def measure(config, num_questions, num_rollouts):
     """-> {what: number}"""
-    if config.eval_only:
-        raise UsageError("--eval-only: headroom is that of the questions to train on")
+    if config.eval_only or config.cold_start and not config.resume:
+        raise UsageError("headroom is that of the questions to train on, with a policy as it is: "
+                         "no --eval-only, no --cold-start")
     data, policy = load_data(config), load_policy(config)
     data = data.that_fit(policy)
     if config.resume:

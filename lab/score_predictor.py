@@ -20,6 +20,7 @@ At each pause it writes predictor.csv (a row per step, group of anchors and pred
 predictor.png (the course over the run) and predictor_reliability.png (predicted against true).
 """
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -138,9 +139,10 @@ def closed(rows, name):
 def draw(rows, x, panels, file):
     """Four panels (y, group), with a line per predictor over the column `x`. It goes through
     all rows whose group begins like this."""
+    names = dict.fromkeys(row["predictor"] for row in rows)
     figure = Picture(figsize=(8, 8), layout="constrained")
     for axes, (y, group) in zip(figure.subplots(2, 2).flat, panels):
-        for name, style, colour in zip(["truth", "ceiling", *MAKERS], STYLES, COLOURS):
+        for name, style, colour in zip(names, cycle(STYLES), cycle(COLOURS)):
             line = sorted((row[x], row[y]) for row in rows
                           if row["predictor"] == name and row["group"].startswith(group))
             if line:
@@ -168,6 +170,8 @@ def measure(run, anchors, points, out):
     evals = read_lines(Path(run, "evals.jsonl"))
     if not config.steps or not evals:
         raise UsageError(f"{run}: a run that has taken no step yet")
+    if config.cold_start:
+        raise UsageError(f"{run}: it had a cold start, which is not repeated here")
     if points < 1 or anchors < 2:
         raise UsageError("--points must be at least 1, --anchors 2")
     Path(out).mkdir(parents=True, exist_ok=True)

@@ -33,16 +33,16 @@ def summary(groups):
     return np.mean([np.mean(group) for group in groups]), half
 
 
-def sign_flip(groups, unit=UNIT):
+def sign_flip(groups):
     """Exact two-sided p that paired differences are symmetric about 0: the share of all ways to
     choose their signs in which the mean of the groups' means is at least as far from 0 as it is.
 
-    Every value is a multiple of `unit`, so that ties are seen as ties. The ways are counted sum by
+    Every value is a multiple of UNIT, so that ties are seen as ties. The ways are counted sum by
     sum, one value after the other."""
     common = lcm(*map(len, groups))
     steps = []
     for group in groups:
-        steps.extend(common // len(group) * np.rint(np.divide(group, unit)).astype(int))
+        steps.extend(common // len(group) * np.rint(np.divide(group, UNIT)).astype(int))
     reach = sum(map(abs, steps))
     chances = np.zeros(2 * reach + 1)  # of the sums from -reach to reach
     chances[reach] = 1.0

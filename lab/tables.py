@@ -1,9 +1,10 @@
 """Rows of an ablation, what they say over seeds, and the tables that they make. No torch.
 
 A row is one evaluation of one run; `collect` in lab/ablate.py says what its columns are. Two
-numbers decide. The end is the mean exact match of the evaluations that asked as many questions as
-the last one: in protocol 2 those after 80, 90 and 100 % of the tokens. The area is the mean exact
-match over the whole run. `done` holds what is finished, {(arm, seed): rows by step}.
+numbers decide. The end is the mean exact match of the evaluations in the last quarter of the steps
+that asked as many questions as the last one: in protocol 2 those after 80, 90 and 100 % of them.
+The area is the mean exact match over the whole run. `done` holds what is finished, {(arm, seed):
+rows by step}.
 """
 import csv
 import io
@@ -11,7 +12,6 @@ import json
 from collections import Counter
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 
@@ -81,16 +81,12 @@ def area(rows):
 
 
 def end(rows, name="eval_em"):
-    """Mean of a column over the evaluations after the start that asked as many questions as the
-    last one, or nan."""
-    most = rows[-1]["num_questions"]
-    large = [row for row in rows if row["num_questions"] == most and row["step"] > 0]
+    """Mean of a column over the evaluations in the last quarter of the steps that asked as many
+    questions as the last one, or nan."""
+    last = rows[-1]
+    large = [row for row in rows if row["num_questions"] == last["num_questions"]
+             and row["step"] >= 0.75 * last["step"]]
     return np.mean([row.get(name, np.nan) for row in large])
-
-
-def column(name):
-    """-> function of a run's rows: what the last one holds there, or nan."""
-    return lambda rows: rows[-1].get(name, np.nan)
 
 
 def mean_of(name, runs):
@@ -167,7 +163,7 @@ def table(done, planned=()):
             f"| {arm} | {seeds} | {percent(sums(mine, [1], end))} | "
             f"{percent(sums(mine, [1], area))} | {percent(gains, '+')} | "
             f"{percent(area_gains, '+')} | {tokens_to_reach(pairs)} | {effective_ratio(pairs)} | "
-            f"{np.median(sums(mine, [1], column('minutes'))):.1f} |")
+            f"{np.median([rows[-1]['minutes'] for [rows] in mine]):.1f} |")
     return "\n".join(lines)
 
 
@@ -183,18 +179,12 @@ def groups_table(done):
     return "\n".join(lines)
 
 
-class Difference(NamedTuple):
-    """A paired difference: per setting, a value per seed (0 to 1)."""
-    words: str
-    ends: list
-    areas: list
-    decides: bool  # it is one of exact match, at the endpoints
-
-
-def paired(done, contrasts):
-    """Yields a Difference per line of `contrasts`, which says: seeds at most | column | weights and
-    arms | words. Arms NAME@* stand for all settings."""
+def differences(done, contrasts):
+    """A line per line of `contrasts`, which says: seeds at most | column | weights and arms |
+    words. In points, paired over the seeds that all its arms share. Arms NAME@* stand for all
+    settings: the mean of their means, and the seeds of all together."""
     settings = sorted({arm.partition("@")[2] for arm, _ in done})
+    lines = ["| in points | seeds | at the end | p | area |", "| --- | --- | --- | --- | --- |"]
     for line in contrasts.strip().split("\n"):
         most, name, formula, words = line.split(" | ")
         weights, arms = list(map(float, formula.split()[::2])), formula.split()[1::2]
@@ -203,20 +193,12 @@ def paired(done, contrasts):
             own = [arm.replace("@*", f"@{setting}").removesuffix("@") for arm in arms]
             groups.append(shared(done, *own)[:int(most)])
         ends = [sums(group, weights, partial(end, name=name)) for group in groups]
-        areas = [sums(group, weights, area) for group in groups]
-        yield Difference(words, ends, areas, name == "eval_em")
-
-
-def differences(done, contrasts):
-    """In points, paired over the seeds that all arms of a line share; over several settings the
-    mean of their means, and the seeds of all together."""
-    lines = ["| in points | seeds | at the end | p | area |", "| --- | --- | --- | --- | --- |"]
-    for words, ends, areas, decides in paired(done, contrasts):
-        p = "–"
-        if decides and min(map(len, ends)) > 1:
-            p = f"{sign_flip(ends):.3f}"
-        lines.append(f"| {words} | {sum(map(len, ends))} | {points(ends)} | {p} | "
-                     f"{points(areas) if decides else '–'} |")
+        p = areas = "–"
+        if name == "eval_em":  # the endpoints
+            areas = points([sums(group, weights, area) for group in groups])
+            if min(map(len, ends)) > 1:
+                p = f"{sign_flip(ends):.3f}"
+        lines.append(f"| {words} | {sum(map(len, ends))} | {points(ends)} | {p} | {areas} |")
     return "\n".join(lines)
 
 

@@ -139,9 +139,10 @@ def test_every_run_is_a_dot_and_one_that_broke_down_an_arrow():
     assert min(line.get_xdata()[0] for line in lines) > 25
 
 
-def test_the_end_is_the_mean_of_the_large_evaluations_after_the_start():
-    rows = [{"step": i, "eval_em": y, "num_questions": n}
-            for i, (y, n) in enumerate(((0.1, 1000), (0.1, 250), (0.5, 1000), (0.7, 1000)))]
+def test_the_end_is_the_mean_of_the_last_large_evaluations():
+    """Not of one where a run had ended before it went on to more steps."""
+    rows = [{"step": step, "eval_em": y, "num_questions": n} for step, y, n in (
+        (0, 0.1, 1000), (40, 0.2, 1000), (50, 0.1, 250), (55, 0.5, 1000), (60, 0.7, 1000))]
     assert end(rows) == pytest.approx(0.6)
 
 
