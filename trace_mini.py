@@ -29,7 +29,7 @@ from allocator import (CAP, PREFIX_RULES, ROOT_RULES, Anchors, deal_roots, expan
 from engine.command_line import check_dials, dial, load_dials, parse_dials, run_main
 from engine.errors import UsageError
 from engine.files import write_json
-from engine.memory import best_device, describe_memory, trim_memory
+from engine.memory import best_device, describe_memory, settled, trim_memory
 from engine.processes import team
 from engine.report import tree_rows
 from engine.runs import (Journal, LapTimer, check_inputs, ctrl_c, fresh_folder, inputs_of,
@@ -310,7 +310,7 @@ def run(config):
         start_folder(folder, asdict(config), fresh=not goes_on)
     say(describe_memory(policy) + policy.notice + data.notice)
     if not config.eval_only:
-        with ctrl_c() as stopped:
+        with ctrl_c() as stopped, settled():
             return train(config, policy, data, folder, saved, stopped)
     write_json(folder / "eval.json", result := score(policy, data.eval_env, data.eval, folder))
     say(describe_scores(result))
