@@ -267,9 +267,8 @@ def train(config, policy, data, folder, saved=None, stopped=()):
         save_run(folder, 0, known, journal, parts)  # before it evaluates: it may be killed there
         state.schedule.guess(assess(due[0])["tokens"])
         save_run(folder, 0, known, journal, parts)
-    bar = progress_bar(range(step + 1, config.steps + 1), config.method, config.steps,
-                       initial=step, unit="step")
-    for step in bar:
+    for step in progress_bar(range(step + 1, config.steps + 1), config.method, config.steps,
+                             initial=step, unit="step"):
         trees, row = train_step(config, state, policy, predictor, data)
         trim_memory()
         say(describe_step(row))

@@ -174,7 +174,7 @@ def load_dials(config_class, folder):
         raise
     except OSError:
         raise UsageError(f"{folder}: no run there (no config.json)") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{file}: not a configuration of ours ({error})") from None
 
 

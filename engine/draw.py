@@ -78,7 +78,7 @@ def read_metrics(folder):
     """The rows of metrics.jsonl, with the mean reward of the last SMOOTH steps in each."""
     rows = read_lines(folder / "metrics.jsonl")
     for i, row in enumerate(rows):
-        recent = [row["reward_mean"] for row in rows[max(0, i + 1 - SMOOTH):i + 1]]
+        recent = [some["reward_mean"] for some in rows[max(0, i + 1 - SMOOTH):i + 1]]
         row["smooth_reward"] = sum(recent) / len(recent)
     return rows
 

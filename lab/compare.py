@@ -1,9 +1,9 @@
 """Runs side by side, and what their difference is worth: python -m lab.compare RUN RUN ...
 
 Runs that differ in nothing but their seed are one arm. The first run's arm is what the others are
-compared with, seed by seed where they share seeds. The end of a run is the mean of its evaluations
-that asked as many questions as the last one. The curves go to runs/compare.png. Without a run it
-lists all that are in runs/.
+compared with, seed by seed where they share seeds. The end of a run is the mean of the evaluations
+in the last quarter of its steps that asked as many questions as the last one. The curves go to
+runs/compare.png. Without a run it lists all that are in runs/.
 """
 import sys
 from itertools import chain

@@ -1,6 +1,6 @@
 """Is allocation worth it on my model and data? python -m lab.headroom --model M --data FILE
 
-Takes all flags of trace_mini.py; with --resume DIR it asks the policy of that run. It rolls out
+Takes the flags of trace_mini.py; with --resume DIR it asks the policy of that run. It rolls out
 some questions many times. Of the rollouts of a prompt, one half tells how the exact optimum would
 deal, and the other half what that is worth: so chance alone gains nothing. The truth, known
 better, gains at least as much.
@@ -22,7 +22,7 @@ from allocator import allocate_roots, expand_prefixes
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
 from engine.files import write_json
-from engine.runs import load_checkpoint
+from engine.runs import check_inputs, inputs_of, load_checkpoint
 from policy import load_policy
 from predictor import monte_carlo_value
 from rollout import grow
@@ -84,13 +84,15 @@ def expected_random(repeats, num):
 
 def measure(config, num_questions, num_rollouts):
     """-> {what: number}"""
-    if config.eval_only or config.cold_start and not config.resume:
+    if config.eval_only or (config.cold_start and not config.resume):
         raise UsageError("headroom is that of the questions to train on, with a policy as it is: "
                          "no --eval-only, no --cold-start")
     data, policy = load_data(config), load_policy(config)
     data = data.that_fit(policy)
     if config.resume:
-        policy.load_state_dict(load_checkpoint(config.resume)["policy"])
+        saved = load_checkpoint(config.resume)
+        check_inputs(config.resume, saved, inputs_of(policy, data))
+        policy.load_state_dict(saved["policy"])
     began, half = time.time(), num_rollouts // 2
     questions = Prompts(data.train, config.seed).draw(num_questions)
     roots = [policy.root(question, data.env) for question in questions]

@@ -142,7 +142,7 @@ def draw(rows, x, panels, file):
     names = dict.fromkeys(row["predictor"] for row in rows)
     figure = Picture(figsize=(8, 8), layout="constrained")
     for axes, (y, group) in zip(figure.subplots(2, 2).flat, panels):
-        for name, style, colour in zip(names, cycle(STYLES), cycle(COLOURS)):
+        for name, style, colour in zip(names, cycle(STYLES[:8]), cycle(COLOURS)):
             line = sorted((row[x], row[y]) for row in rows
                           if row["predictor"] == name and row["group"].startswith(group))
             if line:

@@ -174,7 +174,7 @@ def groups_table(done):
              "| --- |" + " --- |" * len(names)]
     for arm in dict.fromkeys(arm for arm, _ in done):
         groups = shared(done, arm)
-        cells = [f"{100 * np.mean([end(rows, name) for rows, in groups]):.1f}" for name in names]
+        cells = [f"{100 * np.mean([end(rows, name) for [rows] in groups]):.1f}" for name in names]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

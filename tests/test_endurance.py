@@ -112,18 +112,16 @@ def test_thousands_of_steps(tmp_path, monkeypatch, tell):
     num, window, seen = (200, 40, []) if SMALL else (2000, 400, [])
 
     def watched(*args):
+        assert gc.get_freeze_count()  # what was there before is not searched at every step
         seen.append((time.process_time(), resident(), len(os.listdir("/proc/self/fd"))))
         return ROOT_RULES["trace"](*args)
     monkeypatch.setitem(ROOT_RULES, "watched", watched)
     monkeypatch.setitem(PREDICTORS, "short", partial(HeadPredictor, memory=100))
     monkeypatch.setattr(trace_mini, "advantages", lambda root, rule: dict.fromkeys(
         nodes(root)[1:], 0.1))  # also where there is no contrast
-    gc.freeze()  # what is there already is not searched at every step
-    try:
-        assert main([*TINY, "--turn-tokens=2", f"--steps={num}", "--checkpoint-every=20",
-                     "--root-rule=watched", "--predictor=short", f"--out={tmp_path}"]) == 0
-    finally:
-        gc.unfreeze()
+    assert main([*TINY, "--turn-tokens=2", f"--steps={num}", "--checkpoint-every=20",
+                 "--root-rule=watched", "--predictor=short", f"--out={tmp_path}"]) == 0
+    assert gc.get_freeze_count() == 0
     cpu, memory, handles = np.array(seen).T
     cpu = 1000 * np.diff(cpu)
     first, last = cpu[:window], cpu[-window:]

@@ -222,6 +222,9 @@ def test_inputs_are_known_by_content(faults, tmp_path, capsys, monkeypatch):
 
 def test_a_run_on_another_mix_scores_a_file(faults):
     config = Config(data=f"{faults}/hub-hotpot.json", hop_mix="0,100", eval_only=True, out="x")
+    with pytest.raises(UsageError, match="--hop-mix"):
+        load_data(config)
+    config.resume = "a run on that mix"
     assert len(load_data(config).eval) == 20
 
 

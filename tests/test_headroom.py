@@ -69,4 +69,5 @@ def test_the_command(capsys, tmp_path):
     for word in ("dead", "Effective Ratio of groups of eight", "stage 1, 8", "stage 2", "minutes"):
         assert word in printed
     assert_refused(main, ["--rollouts", "8"], "--rollouts", capsys)
+    assert_refused(main, ["--cold-start", "4"], "--cold-start", capsys)
     assert_refused(main, ["--modle", "x"], "modle", capsys)

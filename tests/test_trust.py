@@ -122,7 +122,7 @@ def test_what_a_run_lost_is_not_hidden(copy, capsys):
 
 
 @pytest.mark.parametrize("content, word", [
-    (b'{"seed": 0, "st', "not a configuration"),
+    (b'{"seed": 0, "st', "not a configuration"), (b"[]", "not a configuration"),
     (b'{"color": "red"}', "color"), (b'{"steps": 10.5}', "steps is 10.5"),
     (b'{"learning_rate": NaN}', "learning-rate")])
 def test_a_bad_config_is_one_line(content, word, copy, capsys):

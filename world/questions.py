@@ -66,7 +66,7 @@ def load_data(config):
             raise UsageError(f"--eval-questions: {error}") from None
         return Data(env, train, env, held_out, num_eval)
     everything = config.scores_a_file
-    if not everything and (config.cold_start or config.hop_mix != HOP_MIX):
+    if (config.cold_start or config.hop_mix != HOP_MIX) and not (everything and config.resume):
         raise UsageError("--cold-start and --hop-mix go with --data toy")
     questions, env, notice = load_file(config.data, everything)
     if everything:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from engine.command_line import Parser, run_main
+from engine.errors import UsageError
 from engine.loading import import_bitsandbytes
 from react_env import observation_text, prompt_text
 from world.questions import MAX_TURNS
@@ -232,6 +233,8 @@ def fit(model, stream, num_steps, rate, name, nf4=False):
 def build_tiny(seed=0):
     """Build the embedded policy: seed 0 makes tiny/, 1 tiny2/, and so on. The weights lie on the
     NF4 grid in half precision: loaded in 4 bits or in 16, they are the same."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UsageError(f"this needs torch 2.9 or newer, for Muon, not {torch.__version__}")
     torch.manual_seed(seed)
     first = 4 * seed  # seed of the demonstrations
     tokenizer, model = make_tokenizer(seed), make_model(seed)

@@ -13,8 +13,9 @@ class Relation(NamedTuple):
     neighbour: str = ""  # the relation a hasty reader confuses it with
 
 
-# Name, owner, target, keyword, neighbour; then the nouns; then the sentences
-TABLE = """\
+# A block per relation: name, owner, target, keyword, neighbour (- for none); then the nouns; then
+# the sentences, with / between wordings
+RELATION_TABLE = """\
 birthplace | person | town | born | deathplace
 the birthplace of {x} / the town where {x} was born
 {s} was born in {o}. / Letters say that {s} was born in {o}.
@@ -123,7 +124,7 @@ date | event | year | year | -
 the date of {x}
 The year of {s} is {o}."""
 RELATIONS = []
-for block in TABLE.split("\n\n"):
+for block in RELATION_TABLE.split("\n\n"):
     fields, nouns, sentences = block.split("\n")
     name, owner, target, keyword, neighbour = fields.split(" | ")
     RELATIONS.append(Relation(name, owner, target, keyword, tuple(nouns.split(" / ")),
