@@ -213,4 +213,9 @@ def adapter_weights(model):
 
 def set_adapter(model, weights):
     from peft import set_peft_model_state_dict
+    shapes = []
+    for some in (weights, adapter_weights(model)):
+        shapes.append({name: weight.shape for name, weight in some.items()})
+    if shapes[0] != shapes[1]:  # peft would pass over what is missing
+        raise UsageError("the checkpoint was made with a model of other shapes")
     set_peft_model_state_dict(model, weights)

@@ -150,3 +150,12 @@ def test_the_rule_of_ones_own_is_one(monkeypatch):
     exec(README.split("```python\n")[1].split("```")[0], vars(allocator))
     pool = allocator.Anchors(np.full(3, 0.5), successes=np.array([1, 3, 0]))
     assert allocator.ROOT_RULES["mine"](pool, 8, None).tolist() == [4, 0, 4]
+
+
+def test_what_the_tiny_policy_leaves_to_learn_is_that_of_its_file():
+    found = json.loads((HERE / "results" / "headroom-first.json").read_text())
+    dead, mastered, mixed = (f"{100 * found[name]:.0f}"
+                             for name in ("dead", "mastered", "mixed_of_8"))
+    text = " ".join((HERE / "GUIDE.md").read_text().split())
+    assert (f"it never solves {dead} and always solves {mastered}, in {found['rollouts']} rollouts "
+            f"each, and {mixed} % of groups of eight") in text

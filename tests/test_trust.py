@@ -105,9 +105,12 @@ def test_a_damaged_checkpoint_is_refused_by_name(how, copy, tmp_path, capsys):
     assert schedule(copy)["step"] == 3
 
 
-def test_a_checkpoint_of_another_run_is_refused(copy, capsys):
+def test_a_checkpoint_of_another_run_or_model_is_refused(copy, capsys):
     newest = copy / "checkpoint" / "step-000004.pt"
     content = torch.load(newest, weights_only=True)
+    content["policy"]["adapter"].popitem()
+    torch.save(content, newest)
+    assert_refused(main, [f"--resume={copy}", "--steps=5"], "other shapes", capsys)
     content["config"]["seed"] = 1
     torch.save(content, newest)
     assert_refused(main, [f"--resume={copy}", "--eval-only"], "config.json says seed 0, and "

@@ -65,7 +65,7 @@ def load_data(config):
         except UsageError as error:
             raise UsageError(f"--eval-questions: {error}") from None
         return Data(env, train, env, held_out, num_eval)
-    everything = config.scores_a_file
+    everything = config.scores_a_file  # also by a run on another mix, or after a cold start
     if (config.cold_start or config.hop_mix != HOP_MIX) and not (everything and config.resume):
         raise UsageError("--cold-start and --hop-mix go with --data toy")
     questions, env, notice = load_file(config.data, everything)
