@@ -31,8 +31,9 @@ from engine.errors import UsageError
 from engine.files import (fingerprint, fingerprint_of_files, model_folder, read_lines,
                           write_json)
 from engine.runs import checkpoint_file, checkpoint_files, load_checkpoint
-from lab.pictures import draw_arms, draw_ends
-from lab.tables import by_run, differences, finished, read_rows, report, write_rows
+from lab.pictures import draw_arms, draw_differences
+from lab.tables import (by_run, contrasted, differences, finished, read_rows, report,
+                        write_rows)
 from policy import load_policy
 from trace_mini import HERE, Arm, Config, evaluate, parse_config, read_config
 from world.questions import NUM_ARTICLES, load_data
@@ -236,12 +237,17 @@ def gather(runs, file):
     return finished(runs, rows)
 
 
-def all_differences(folder):
-    """The table of FOLDER/contrasts.txt, from all rows in that folder."""
+def all_differences(folder, draw):
+    """The table of FOLDER/contrasts.txt, from all rows in that folder but those of development.
+    To draw: FOLDER/differences.png, of the lines above the first empty one."""
     contrasts = (folder / "contrasts.txt").read_text()
     rows = []
     for file in sorted(folder.glob("*.csv")):
-        rows += [row for row in read_rows(file) if "arm" in row]
+        rows += [row for row in read_rows(file) if "arm" in row and row["seed"] < DEV]
+    if draw:
+        gains = {words: 100 * np.array(ends[0]) for words, _, ends, _ in
+                 contrasted(by_run(rows), contrasts.partition("\n\n")[0])}
+        draw_differences(gains).write(folder / "differences.png")
     return differences(by_run(rows), contrasts)
 
 
@@ -268,9 +274,9 @@ def parse(arguments):
     flag("--jobs", type=int, default=os.cpu_count(), help="runs at once [%(default)s]")
     flag("--table", action="store_true", help="run nothing, print the tables")
     flag("--rows", metavar="FILE", help="run nothing, print the tables of such rows alone")
-    flag("--draw", action="store_true", help="with --rows: draw FILE-ends.png, where seeds end")
     flag("--differences", metavar="DIR", help="run nothing, print the paired differences that "
          "contrasts.txt in this folder lists, of all rows in it")
+    flag("--draw", action="store_true", help="with --differences: draw the first of them, too")
     flag("--dev", action="store_true", help="development seeds and wiki; rows stay in runs/")
     flag("--flags", default="", help="of trace_mini.py for all arms, as one argument "
          "(--flags='--steps 9'); rows stay in runs/ too")
@@ -290,11 +296,9 @@ def command(args):
         done = by_run(read_rows(file))
         if not done:
             raise UsageError(f"--rows {file}: no rows there")
-        if args.draw:
-            draw_ends(done).write(file.with_name(f"{file.stem}-ends.png"))
         return print(report(done))
     if args.differences:
-        return print(all_differences(Path(args.differences)))
+        return print(all_differences(Path(args.differences), args.draw))
     file = RESULTS / f"{args.preset}.csv"
     if args.dev or args.flags:
         file = RUNS / file.name

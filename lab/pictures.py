@@ -1,9 +1,8 @@
-"""The arms of an ablation over sampled tokens, and their differences."""
+"""The arms of an ablation over sampled tokens, and their differences seed by seed."""
 import numpy as np
 
 from engine.draw import COLOURS, STYLES, Picture, label_axes
 from lab.stats import interval, mean_and_band
-from lab.tables import end, shared, sums
 
 
 def draw_arms(rows, file):
@@ -35,43 +34,21 @@ def draw_arms(rows, file):
     return figure.write(file)
 
 
-def draw_ends(done):
-    """Where every run ends, a dot each, and the mean of each arm, as a Figure. `done` is that of
-    lab/tables.py. What lies far to the left of the others is an arrow."""
-    arms = list(dict.fromkeys(arm for arm, _ in done))
-    low = 100 * np.quantile(list(map(end, done.values())), 0.05) - 3
-    figure = Picture(figsize=(6.4, 0.8 + 0.4 * len(arms)), layout="constrained")
-    axes = figure.subplots()
-    for y, arm in enumerate(arms):
-        ends = 100 * np.array(sums(shared(done, arm), [1], end))
-        for x in ends:
-            axes.plot(max(x, low), y, "<" if x < low else "o", color=COLOURS[4], alpha=0.5, mew=0)
-        if ends.mean() > low:
-            axes.plot(ends.mean(), y, "|", color="black", ms=18, mew=2)
-    axes.set(xlabel="held-out exact match at the end in %: every seed a dot, a line at the mean",
-             ylim=(len(arms) - 0.5, -0.5))
-    axes.set_yticks(range(len(arms)), arms)
-    axes.grid(axis="x", alpha=0.3)
-    return figure
-
-
 def draw_differences(gains, limit=16):
-    """Points ahead of GRPO, {(row, label): one per seed}, as a Figure: every seed a dot, with mean
-    and 95 % interval. What lies beyond the limit leaves the picture: one seed that broke down would
-    flatten the rest."""
-    rows, labels = [list(dict.fromkeys(names)) for names in zip(*gains)]
-    figure = Picture(figsize=(6.4, 3.6), layout="constrained")
+    """Differences in points, {words: one per seed}, as a Figure: every seed a dot, and the mean
+    with its 95 % interval. A seed beyond the limit is an arrow at the edge: one that broke down
+    would flatten the rest."""
+    figure = Picture(figsize=(6.4, 0.8 + 0.4 * len(gains)), layout="constrained")
     axes = figure.subplots()
-    for (row, label), points in gains.items():
-        i, y = labels.index(label), rows.index(row)
-        place = y + 0.35 * i
-        axes.plot(points, np.full(len(points), place + 0.12), "k.", ms=4)
-        mean, half = interval(points)
-        axes.errorbar(mean, place, xerr=half, capsize=4, fmt="os^v"[i], color=COLOURS[4 * i],
-                      label="" if y else label)
+    for y, points in enumerate(map(np.array, gains.values())):
+        for x in points:
+            mark = "." if abs(x) < limit else "<" if x < 0 else ">"
+            axes.plot(np.clip(x, -limit, limit), y + 0.15, mark, color=COLOURS[4], alpha=0.5, mew=0)
+        if len(points):
+            mean, half = interval(points)
+            axes.errorbar(mean, y - 0.15, xerr=half, capsize=4, fmt="ko")
     axes.axvline(0, color="black", lw=1)
-    axes.set(xlabel="points ahead of GRPO: mean, 95 % interval, dots: seeds",
-             xlim=(-limit, limit), ylim=(len(rows), -0.5))
-    axes.set_yticks(range(len(rows)), rows)
-    axes.legend(loc=(0, 1.01), ncols=len(labels), frameon=False)
+    axes.set(xlabel="points of exact match: every seed a dot, mean, 95 % interval",
+             xlim=(-1.05 * limit, 1.05 * limit), ylim=(len(gains) - 0.5, -0.5))
+    axes.set_yticks(range(len(gains)), gains)
     return figure

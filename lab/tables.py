@@ -179,26 +179,32 @@ def groups_table(done):
     return "\n".join(lines)
 
 
+def contrasted(done, contrasts):
+    """Yields (words, column, ends, areas) for each line of `contrasts`, which says: seeds at most |
+    column | weights and arms | words. Ends and areas are differences, paired over the seeds that
+    all arms share. They are lists of one group, or of a group per setting where ; stands between
+    the formulas of several."""
+    for line in filter(None, contrasts.split("\n")):
+        most, name, formulas, words = line.split(" | ")
+        ends, areas = [], []
+        for formula in formulas.split(" ; "):
+            weights, arms = list(map(float, formula.split()[::2])), formula.split()[1::2]
+            groups = shared(done, *arms)[:int(most)]
+            ends.append(sums(groups, weights, partial(end, name=name)))
+            areas.append(sums(groups, weights, area))
+        yield words, name, ends, areas
+
+
 def differences(done, contrasts):
-    """A line per line of `contrasts`, which says: seeds at most | column | weights and arms |
-    words. In points, paired over the seeds that all its arms share. Arms NAME@* stand for all
-    settings: the mean of their means, and the seeds of all together."""
-    settings = sorted({arm.partition("@")[2] for arm, _ in done})
+    """A line per line of `contrasts`, in points. Of several settings together: the mean of their
+    means, and the seeds of all."""
     lines = ["| in points | seeds | at the end | p | area |", "| --- | --- | --- | --- | --- |"]
-    for line in contrasts.strip().split("\n"):
-        most, name, formula, words = line.split(" | ")
-        weights, arms = list(map(float, formula.split()[::2])), formula.split()[1::2]
-        groups = []
-        for setting in settings if "@*" in formula else [""]:
-            own = [arm.replace("@*", f"@{setting}").removesuffix("@") for arm in arms]
-            groups.append(shared(done, *own)[:int(most)])
-        ends = [sums(group, weights, partial(end, name=name)) for group in groups]
-        p = areas = "–"
+    for words, name, ends, areas in contrasted(done, contrasts):
+        later = "– | –"
         if name == "eval_em":  # the endpoints
-            areas = points([sums(group, weights, area) for group in groups])
-            if min(map(len, ends)) > 1:
-                p = f"{sign_flip(ends):.3f}"
-        lines.append(f"| {words} | {sum(map(len, ends))} | {points(ends)} | {p} | {areas} |")
+            p = f"{sign_flip(ends):.3f}" if min(map(len, ends)) > 1 else "–"
+            later = f"{p} | {points(areas)}"
+        lines.append(f"| {words} | {sum(map(len, ends))} | {points(ends)} | {later} |")
     return "\n".join(lines)
 
 

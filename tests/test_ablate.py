@@ -18,7 +18,7 @@ from conftest import assert_refused, metrics
 from engine.command_line import dial
 from lab import ablate
 from lab.ablate import HOW, PRESETS, Run, made_with, main, plan, run_all, score_transfer
-from lab.pictures import draw_ends
+from lab.pictures import draw_differences
 from lab.stats import interval, sign_flip, summary
 from lab.tables import (
     area,
@@ -129,14 +129,13 @@ def test_table_pairs_each_arm_with_the_first_one_of_its_world(done):
         "| 2.0 |"]
 
 
-def test_every_run_is_a_dot_and_one_that_broke_down_an_arrow():
-    """Thirty good runs and one far to the left of them: it is shown, and flattens nothing."""
-    done = {("grpo", seed): rows_of(RUNS[0], 0.40 + seed / 1000) for seed in range(30)}
-    done["trace", 0] = rows_of(RUNS[1], 0.01)
-    lines = draw_ends(done).axes[0].lines
-    marks = [line.get_marker() for line in lines]
-    assert marks.count("o") == len(done) - 1 and marks.count("<") == 1
-    assert min(line.get_xdata()[0] for line in lines) > 25
+def test_every_seed_is_a_dot_and_one_that_broke_down_an_arrow():
+    """It is shown, and flattens nothing; the mean has it in."""
+    axes = draw_differences({"a": [1.0, 2.0, -60.0], "b": [3.0], "not run": []}).axes[0]
+    marks = [line.get_marker() for line in axes.lines]
+    assert (marks.count("."), marks.count("<"), marks.count("o")) == (3, 1, 2)
+    assert axes.get_xlim()[0] > -20
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"] == [-19, 3]
 
 
 def test_the_end_is_the_mean_of_the_last_large_evaluations():
@@ -154,7 +153,8 @@ def test_differences_by_hand(done):
 9 | eval_em | 1 trace -1 grpo | a
 2 | em 1 hops | 1 trace -1 grpo | b
 9 | eval_em | .5 trace .5 grpo -.5 grpo@2 -.5 trace@2 | c
-9 | eval_em | 1 trace@* -1 grpo@* | d
+9 | eval_em | 1 trace -1 grpo ; 1 trace@2 -1 grpo@2 | d
+
 9 | eval_em | 1 treepo -1 grpo | e""").split("\n")[2:]
     assert lines[0] == "| a | 3 | +4.0 ± 5.0 | 0.250 | +2.0 ± 2.5 |"
     assert lines[1] == "| b | 2 | +4.0 ± 25.4 | – | – |"
