@@ -119,7 +119,7 @@ class Config:
 
     @property
     def scores_a_file(self):
-        """--eval-only of a whole file, not of the questions that a run held out."""
+        """--eval-only of other questions, whole, not of those that a run held out."""
         return self.eval_only and (self.out != "" or not self.resume)
 
     @property

@@ -121,7 +121,8 @@ def parse_dials(config_class, description, arguments=None):
 
     With `--resume DIR` the flags are read twice: the second time the values of that run are their
     defaults, and what would make another run of it is refused. With --eval-only it may score
-    another file (--data), into another folder (--out)."""
+    other questions (--data, and of the toy wiki --wiki-seed and --hop-mix), into another folder
+    (--out)."""
     examples = description[description.index("Examples:"):]
     parser = Parser(description, epilog=examples, formatter_class=argparse.RawTextHelpFormatter)
     add_dials(parser, config_class)
@@ -132,9 +133,11 @@ def parse_dials(config_class, description, arguments=None):
     parser.set_defaults(**dataclasses.asdict(saved) | {"out": ""})
     given = parser.parse_args(arguments)
     absolute(given)
-    if given.eval_only and (given.data != saved.data) != bool(given.out):
-        raise UsageError("--resume --eval-only: --data names another file, and --out a folder for "
-                         "its scores; neither goes alone")
+    others = given.data != saved.data or given.data == "toy" and (
+        (given.wiki_seed, given.hop_mix) != (saved.wiki_seed, saved.hop_mix))
+    if given.eval_only and others != bool(given.out):
+        raise UsageError("--resume --eval-only: --data, --wiki-seed or --hop-mix name other "
+                         "questions, and --out a folder for their scores; neither goes alone")
     if given.eval_only and given.out:
         given.eval_data = ""
         return config_class(**vars(given))
@@ -144,7 +147,7 @@ def parse_dials(config_class, description, arguments=None):
         if getattr(given, name) != value:
             raise UsageError(f"--resume {given.resume}: that run has {name} {value}, not "
                              f"{getattr(given, name)}; only --steps, the memory dials and "
-                             "--eval-only, with --data and --out, may change")
+                             "--eval-only, with other questions and --out, may change")
     return config_class(**vars(given))
 
 

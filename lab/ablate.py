@@ -28,16 +28,13 @@ from tqdm import tqdm
 
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
-from engine.files import (fingerprint, fingerprint_of_files, model_folder, read_lines,
-                          write_json)
-from engine.runs import checkpoint_file, checkpoint_files, load_checkpoint
+from engine.files import fingerprint, fingerprint_of_files, model_folder, read_lines
+from engine.runs import checkpoint_files
 from lab.pictures import draw_arms, draw_differences
 from lab.tables import (by_run, contrasted, differences, finished, read_rows, report,
                         write_rows)
-from policy import load_policy
-from trace_mini import HERE, Arm, Config, evaluate, parse_config, read_config
-from world.questions import NUM_ARTICLES, load_data
-from world.toy import make_questions, make_world
+from trace_mini import HERE, Arm, Config, parse_config
+from world.questions import load_data
 
 RESULTS = HERE / "results"
 RUNS = HERE / "runs" / "ablate"
@@ -47,8 +44,8 @@ LONG = ("--steps 40 --budget 8000 --eval-questions "
         "0:250,20:250,40:250,60:250,80:1000,90:1000,100:1000")
 FIRST_SEED = 100
 DEV = 1000  # --dev: seeds from here on, and this wiki, which are never reported
-OTHER_WIKI = 2  # of the transfer
-MORE_HOPS = (0, 0, 0, 0, 0.5, 0.5)  # hop weights of the transfer: more than were trained
+TRANSFERS = {"wiki": "--wiki-seed 2",  # questions that a trained policy is asked without training
+             "hops": "--hop-mix 0,0,0,0,50,50"}
 SETTINGS = {"second": "--model tiny2 --wiki-seed 1",  # another wiki and warm start
             "hard": "--hop-mix 10,15,25,50"}
 LAPS = "sample", "predict", "allocate", "update"  # whose seconds are a run's minutes
@@ -90,7 +87,7 @@ tuning      pcl-group4      4  --method pcl --predictor probe --group-size 4 --l
 class Run(NamedTuple):
     arm: str
     seed: int
-    where: str      # of a transfer, "wiki" or "hops"; else ""
+    where: str      # of a transfer, a key of TRANSFERS; else ""
     flags: list     # of trace_mini.py
     config: Config
     made_with: str
@@ -162,15 +159,21 @@ def run_all(runs, jobs):
 def run_one(lock, run):
     """-> exit code of a run, which goes on from its newest checkpoint if there is one. It holds
     the lock too, because it may outlive us."""
-    command = ["trace_mini.py", "--resume", run.folder]
+    flags = ["--resume", run.folder]
     if run.where:
-        command = ["-m", "lab.ablate", "--score", run.folder, run.where]
+        shutil.rmtree(scores_of(run), ignore_errors=True)  # killed before its end
+        flags += ["--eval-only", "--out", scores_of(run), *TRANSFERS[run.where].split()]
     elif not checkpoint_files(run.folder):
         shutil.rmtree(run.folder, ignore_errors=True)  # killed before its first checkpoint
-        command = ["trace_mini.py", *run.flags, "--out", run.folder]
+        flags = [*run.flags, "--out", run.folder]
     with open(f"{run.folder}.log", "ab") as log:
-        return subprocess.run([sys.executable, *command], cwd=HERE, stdout=log, stderr=log,
-                              pass_fds=[lock.fileno()]).returncode
+        return subprocess.run([sys.executable, "trace_mini.py", *flags], cwd=HERE, stdout=log,
+                              stderr=log, pass_fds=[lock.fileno()]).returncode
+
+
+def scores_of(run):
+    """The folder of a transfer, beside that of its run."""
+    return Path(f"{run.folder}-{run.where}")
 
 
 def collect(run, jobs):
@@ -180,7 +183,7 @@ def collect(run, jobs):
     steps = read_lines(run.folder / "metrics.jsonl")
     evals = read_lines(run.folder / "evals.jsonl")
     if run.where:
-        evals = [evals[-1] | json.loads((run.folder / f"transfer-{run.where}.json").read_text())]
+        evals = [evals[-1] | json.loads((scores_of(run) / "eval.json").read_text())]
     hardware = f"{os.cpu_count()} CPU cores"
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
@@ -206,26 +209,6 @@ def collect(run, jobs):
             row[f"em {kind}"] = em
         rows.append(row)
     return rows
-
-
-def score_transfer(folder, where):
-    """Write FOLDER/transfer-WHERE.json: a trained policy on another wiki, or on longer chains."""
-    if where not in ("wiki", "hops"):
-        raise UsageError(f"--score {folder} {where}: choose wiki or hops")
-    config = read_config(folder)
-    if not checkpoint_file(folder, config.steps).exists():
-        raise UsageError(f"{folder}: not trained to its last step")
-    policy = load_policy(config)
-    policy.load_state_dict(load_checkpoint(folder)["policy"])
-    if where == "wiki":
-        config.wiki_seed = OTHER_WIKI
-    data = load_data(config)
-    questions = data.eval
-    if where == "hops":
-        questions = make_questions(make_world(NUM_ARTICLES, config.wiki_seed), len(questions),
-                                   split="eval", hop_weights=MORE_HOPS, kinds=("bridge",))
-    result = evaluate(policy, data.eval_env, questions)
-    write_json(f"{folder}/transfer-{where}.json", result | {"num_questions": len(questions)})
 
 
 # ---------------------------------------------------------------- command line
@@ -280,7 +263,6 @@ def parse(arguments):
     flag("--dev", action="store_true", help="development seeds and wiki; rows stay in runs/")
     flag("--flags", default="", help="of trace_mini.py for all arms, as one argument "
          "(--flags='--steps 9'); rows stay in runs/ too")
-    flag("--score", nargs=2, metavar=("DIR", "wiki|hops"), help="a trained run elsewhere")
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {args.jobs}")
@@ -289,8 +271,6 @@ def parse(arguments):
 
 def command(args):
     """-> exit code: 1 where a run failed."""
-    if args.score:
-        return score_transfer(*args.score)
     if args.rows:
         file = Path(args.rows)
         done = by_run(read_rows(file))

@@ -1,5 +1,4 @@
 """Arms x seeds: plans, hashes, rows, tables; a grid as a user runs it, failed, killed, resumed."""
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from conftest import assert_refused, metrics
 
 from engine.command_line import dial
 from lab import ablate
-from lab.ablate import HOW, PRESETS, Run, made_with, main, plan, run_all, score_transfer
+from lab.ablate import HOW, PRESETS, Run, made_with, main, plan, run_all
 from lab.pictures import draw_differences
 from lab.stats import interval, sign_flip, summary
 from lab.tables import (
@@ -224,7 +223,7 @@ def test_finished_rows_are_not_run_again_and_stale_ones_left_out(folders, monkey
 
 @pytest.mark.parametrize("arguments, word", [
     (["--arms", "grpo,ppo"], "ppo"), (["--flags=--budjet 3"], "budjet"),
-    (["--score", "/nowhere", "wiki"], "config.json"), (["--score", ".", "moon"], "wiki or hops")])
+    (["--rows", "/nowhere.csv"], "no rows there")])
 def test_bad_input_is_one_line_and_exit_code_2(folders, capsys, arguments, word):
     assert_refused(main, arguments, word, capsys)
     assert not (folders / "runs").exists()
@@ -245,7 +244,8 @@ def test_a_grid_of_an_arm_that_works_one_that_cannot_and_a_transfer(folders, mon
     """Rows are those of the run's folder; the policy trained there is scored elsewhere."""
     monkeypatch.setitem(PRESETS, "quick", {
         "bad": (1, "--method grpo --context 41 --turn-tokens 41"), "trace": (1, "--method trace")})
-    monkeypatch.setitem(PRESETS, "transfer", {"trace@wiki": (1, "--method trace")})
+    monkeypatch.setitem(PRESETS, "transfer", {
+        "trace@wiki": (1, "--method trace"), "trace@hops": (1, "--method trace")})
     assert main(["--jobs", "1", "--flags", SMALL]) == 1
     bad, run = plan("quick", SMALL)
     assert "room for a turn" in Path(f"{bad.folder}.log").read_text()
@@ -254,11 +254,9 @@ def test_a_grid_of_an_arm_that_works_one_that_cannot_and_a_transfer(folders, mon
     assert [row["num_questions"] for row in rows] == [5, 5, 8]
     assert rows[2]["eval_em"] == steps[1]["eval_em"]
     assert main(["--preset", "transfer", "--flags", SMALL]) == 0
-    (row,) = read_rows(folders / "runs" / "transfer.csv")
-    assert (row["arm"], row["step"]) == ("trace@wiki", 2)
-    score_transfer(run.folder, "hops")
-    result = json.loads((run.folder / "transfer-hops.json").read_text())
-    assert result["num_questions"] > 0 and set(result["by_hops"]) <= {"5", "6"}
+    rows = read_rows(folders / "runs" / "transfer.csv")
+    assert [(row["arm"], row["step"]) for row in rows] == [("trace@wiki", 2), ("trace@hops", 2)]
+    assert {"em 5 hops", "em 6 hops"} & set(rows[1]) and "em 3 hops" not in rows[1]
     assert not any((folders / "results").iterdir()), "a trial leaves nothing there"
 
 

@@ -250,11 +250,21 @@ def test_resume_refuses_what_would_make_another_run(finished, capsys):
     """A dial at the run's own value is none of it: guards people who repeat their command."""
     run = ["--resume", str(finished)]
     for line in ("--seed 1", "--budget 400", "--root-rule pcl", "--no-4bit", "--data x.json",
-                 "--eval-only --data x.json", "--eval-only --out x", "--out x"):
+                 "--eval-only --data x.json", "--eval-only --wiki-seed 5",
+                 "--eval-only --out x", "--out x"):
         assert_refused(main, [*run, *line.split()], "--resume", capsys)
     more = f"--steps 9 --budget 300 --method trace --cache-tokens 999 --out {finished}"
     config = parse_config([*run, *more.split()])
     assert (config.steps, config.budget, config.cache_tokens) == (9, 300, 999)
+
+
+def test_a_trained_policy_is_asked_about_another_wiki(finished, tmp_path):
+    """Of its own mix of hops; the run's folder stays as it is."""
+    out = tmp_path / "scores"
+    assert main([f"--resume={finished}", "--eval-only", "--wiki-seed=5", f"--out={out}"]) == 0
+    for folder, wiki in ((out, "toy5-"), (finished, "toy0-")):
+        predicted = json.loads((folder / "predictions.json").read_text())["answer"]
+        assert predicted and all(id.startswith(wiki) for id in predicted)
 
 
 # ---------------------------------------------------------------- real questions
