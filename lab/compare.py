@@ -107,11 +107,14 @@ def differing_table(names, differing):
 
 
 def list_runs(folder):
-    """A line per run: how far it is, how it scores, how it was made."""
+    """A line per training run: how far it is, how it scores, how it was made."""
     lines = []
     for file in sorted(folder.glob("*/config.json")):
         try:
-            config, evals = read_config(file.parent), read_lines(file.parent / "evals.jsonl")
+            config = read_config(file.parent)
+            if config.eval_only:
+                continue
+            evals = read_lines(file.parent / "evals.jsonl")
             score = f"step {evals[-1]['step']}: {100 * evals[-1]['em']:.1f} %"
             lines.append(f"{file.parent}  {score}  {command_of(config)}")
         except (UsageError, OSError, ValueError, LookupError, TypeError):

@@ -58,6 +58,7 @@ def test_one_seed_is_said_to_prove_nothing_and_many_to_prove_something(made, cap
             made(f"b{seed}", f"--seed {seed}", 0.64 + seed / 100 + seed % 2 / 1000)
     main(more)
     assert "6 shared seed(s), which is more than luck" in capsys.readouterr().out
+    made("scores", "--eval-only", 0.6)  # an evaluation is no training run
     main([])
     listed = capsys.readouterr().out
     assert listed.count("\n") == 12 and "step 1: 64.0 %  python trace_mini.py" in listed
