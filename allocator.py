@@ -1,7 +1,7 @@
 """Where is the next rollout worth most? Allocation rules and their exact solvers. NumPy only.
 
-    stage 1  roots     V_root(v, m) = 1 − v^m − (1−v)^m   not concave   solve_roots
-    stage 2  prefixes  V_pref(q, k) = 1 − q^k             concave       solve_prefixes
+    stage 1  roots     V_root(v, m) = 1 − v^m − (1−v)^m   not concave   allocate_roots
+    stage 2  prefixes  V_pref(q, k) = 1 − q^k             concave       expand_prefixes
 
 n anchors (roots, or prefixes of one prompt): v [n] predicted success probability, r [n] outcome
 (0 or 1) of the bare rollout that owns a prefix, q [n] predicted chance that a continuation
@@ -11,14 +11,11 @@ and one line in ROOT_RULES or PREFIX_RULES.
 """
 import heapq
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-CAP = 16             # most bare rollouts of one prompt
-FLOOR = 0.25         # rules named "floor": this share of the rollouts is spread uniformly
-CONCENTRATION = 8.0  # rules named "posterior": pseudo-counts behind a prediction
-TIE = 1e-11          # values of roots this close, relative to the largest, count as equal
+CAP = 16     # most bare rollouts of one prompt
+TIE = 1e-11  # values of roots this close, relative to the largest, count as equal
 
 
 def check(name, ok, wanted):
@@ -49,24 +46,11 @@ def flip_prob(v, r, k):
     return 1 - np.where(r == 1, v, 1 - v) ** k
 
 
-def expected_mixed_prob(a, b, m):
-    """E[mixed_prob(v, m)] for v ~ Beta(a, b): unknown odds are worth less than even odds."""
-    return np.where(m > 1, 1 - beta_moment(a, b, m) - beta_moment(b, a, m), 0.0)
-
-
-def beta_moment(a, b, k):
-    """E[x^k] for x ~ Beta(a, b): the product over i < k of (a+i) / (a+b+i)."""
-    moment = 1.0
-    for i in range(int(np.max(k))):
-        moment = moment * np.where(i < k, (a + i) / (a + b + i), 1.0)
-    return moment
-
-
 # ---------------------------------------------------------------- exact solvers
 def allocate_roots(v, budget, cap=CAP):
     """m [n], each 0 or 2..cap, sum <= budget, maximising sum(mixed_prob(v, m)) exactly. Ties
     favour earlier prompts. ValueError names what is wrong: v not [n] in [0, 1], or budget or cap
-    not an integer >= 0. (For notebooks and lab: the rules below call solve_roots.)"""
+    not an integer >= 0."""
     v = np.asarray(v, float)
     check("v", v.ndim == 1, "one-dimensional")
     check_counts(budget=budget, cap=cap)
@@ -100,31 +84,22 @@ def solve_roots(values, budget):
 
 
 def expand_prefixes(v, r, budget, cap=None):
-    """k [n], sum == budget (less only if caps bind), maximising sum(flip_prob) exactly. Ties go
-    to the fewest so far, then to earlier prefixes. ValueError as allocate_roots, and if r is not
-    [n] in {0, 1}."""
+    """k [n], sum == budget (less only if caps bind), maximising sum(flip_prob) exactly: one by one
+    to the largest gain. Ties go to the fewest so far, then to earlier prefixes. ValueError as
+    allocate_roots, and if r is not [n] in {0, 1}."""
     v, r = np.asarray(v, float), np.asarray(r)
     check("v", v.ndim == 1, "one-dimensional")
     check("r", r.shape == v.shape, f"of v's shape {v.shape}, not {r.shape}")
     check_counts(budget=budget, cap=cap or 0)
-    flip = flip_prob(v, r, 1)
-    return solve_prefixes(flip, lambda i, j: 1 - flip[i], budget, cap)
-
-
-def solve_prefixes(gains, shrink, budget, cap=None):
-    """k [n] that takes the largest gains first, until the budget is spent or all are at the cap.
-
-    gains [n]: of the first continuation. shrink(i, j): the gain of i's continuation j + 1 over
-    that of its j-th. It is at most 1, so gains never rise, and greedy is exact."""
-    k = np.zeros(len(gains), int)
-    heap = [(-gain, 1, i) for i, gain in enumerate(gains)]  # equal gains: fewest so far, then i
+    flip, k = flip_prob(v, r, 1), np.zeros(len(v), int)
+    heap = [(-gain, 1, i) for i, gain in enumerate(flip)]  # equal gains: fewest so far, then i
     heapq.heapify(heap)
     while heap and budget > 0 and cap != 0:
         gain, j, i = heapq.heappop(heap)
         k[i] = j
         budget -= 1
-        if j != cap:
-            heapq.heappush(heap, (gain * shrink(i, j), j + 1, i))
+        if j != cap:  # each gain is 1 − flip times the one before: never above it
+            heapq.heappush(heap, (gain * (1 - flip[i]), j + 1, i))
     return k
 
 
@@ -158,7 +133,6 @@ class Anchors:
     outcome: np.ndarray | None = None         # [n] r of the bare rollout: prefixes only
     successes: np.ndarray | float = 0.0       # [n] counted at that prompt so far: roots only
     failures: np.ndarray | float = 0.0        # [n] likewise
-    concentration: np.ndarray | float = CONCENTRATION  # [n] how sure v is, in pseudo-counts
     group_size: int = 8                       # bare rollouts per prompt where groups are equal
 
 
@@ -188,20 +162,9 @@ def mopps_roots(pool, budget, rng):
     return equal_groups(np.abs(draw - 0.5), budget, pool.group_size)
 
 
-def trace_roots(pool, budget, rng, floor=0.0, posterior=False):
-    """Stage 1. A share `floor` of the budget goes to random prompts, in pairs; the rest is dealt
-    exactly. The posterior takes v as the mean of a Beta that has also seen the prompt's own
-    outcomes."""
-    m = np.arange(CAP + 1)
-    values = mixed_prob(pool.v[:, None], m)  # [n, CAP + 1]
-    if posterior:
-        a = pool.concentration * pool.v + pool.successes
-        b = pool.concentration * (1 - pool.v) + pool.failures
-        values = expected_mixed_prob(a[:, None], b[:, None], m)
-    base = equal_groups(rng.random(len(pool.v)), round(floor * budget), 2)
-    later = np.minimum(base[:, None] + m, CAP)  # base + 0, 1, .. more
-    gains = np.take_along_axis(values, later, 1) - np.take_along_axis(values, base[:, None], 1)
-    return base + solve_roots(gains, budget - base.sum())
+def trace_roots(pool, budget, rng):
+    """Stage 1, exactly."""
+    return allocate_roots(pool.v, budget)
 
 
 def no_prefixes(prefixes, budget, rng):
@@ -215,31 +178,15 @@ def random_prefixes(prefixes, budget, rng):
     return np.bincount(rng.integers(n, size=budget if n else 0), minlength=n)
 
 
-def trace_prefixes(prefixes, budget, rng, floor=0.0):
-    """Stage 2. A share `floor` of the budget is spread evenly; the rest is dealt exactly."""
-    units = round(floor * budget)
-    base = rng.permutation(deal_evenly(units, np.full(len(prefixes.v), units)))
-    flip = flip_prob(prefixes.v, prefixes.outcome, 1)
-    first = flip * (1 - flip)**base
-    return base + solve_prefixes(first, lambda i, j: 1 - flip[i], budget - base.sum())
-
-
-def posterior_prefixes(prefixes, budget, rng):
-    """Stage 2 with q ~ Beta(c q, c (1−q)). Each gain is at most the one before: the factor
-    (c q + j − 1) / (c + j) is below 1. So greedy stays exact."""
-    flip = flip_prob(prefixes.v, prefixes.outcome, 1)
-    total = np.broadcast_to(prefixes.concentration, len(flip))
-    repeat = total * (1 - flip)
-    return solve_prefixes(flip, lambda i, j: (repeat[i] + j - 1) / (total[i] + j), budget)
+def trace_prefixes(prefixes, budget, rng):
+    """Stage 2, exactly."""
+    return expand_prefixes(prefixes.v, prefixes.outcome, budget)
 
 
 ROOT_RULES = {  # name: (pool, budget, rng) -> m [n]
-    "uniform": uniform_roots, "pcl": pcl_roots, "mopps": mopps_roots, "trace": trace_roots,
-    "floor": partial(trace_roots, floor=FLOOR),
-    "posterior": partial(trace_roots, posterior=True)}
+    "uniform": uniform_roots, "pcl": pcl_roots, "mopps": mopps_roots, "trace": trace_roots}
 PREFIX_RULES = {  # name: (prefixes of one prompt, budget, rng) -> k [n]
-    "none": no_prefixes, "random": random_prefixes, "trace": trace_prefixes,
-    "floor": partial(trace_prefixes, floor=FLOOR), "posterior": posterior_prefixes}
+    "none": no_prefixes, "random": random_prefixes, "trace": trace_prefixes}
 
 
 # ---------------------------------------------------------------- a step
@@ -250,19 +197,18 @@ def deal_roots(pool, budget, rule, rng):
     return m
 
 
-def expand_trees(found, v, concentration, m, num_continuations, rule, rng):
+def expand_trees(found, v, m, num_continuations, rule, rng):
     """Stage 2 over the step's trees -> k [n], for the n prefixes of all of them, tree by tree.
 
-    found[i]: prefixes of tree i (with .outcome), m[i] its bare rollouts; v and concentration
-    [n]. The num_continuations * sum(m) continuations are shared among the trees that have a prefix,
-    in proportion to m; each spreads its share over its own prefixes."""
+    found[i]: prefixes of tree i (with .outcome), m[i] its bare rollouts; v [n]. The
+    num_continuations * sum(m) continuations are shared among the trees that have a prefix, in
+    proportion to m; each spreads its share over its own prefixes."""
     num_prefixes = np.array([len(own) for own in found])
     shares = deal_in_proportion(np.where(num_prefixes > 0, m, 0), num_continuations * m.sum())
     k, begin = [], 0
     for own, share in zip(found, shares):
         end = begin + len(own)
         outcome = np.array([prefix.outcome for prefix in own], int)
-        anchors = Anchors(v[begin:end], outcome, concentration=concentration[begin:end])
-        k.append(PREFIX_RULES[rule](anchors, int(share), rng))
+        k.append(PREFIX_RULES[rule](Anchors(v[begin:end], outcome), int(share), rng))
         begin = end
     return np.concatenate(k)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from allocator import CONCENTRATION
 from engine.logistic import RidgeLogistic
 from rollout import grow
 from tree import TARGETS, Node, backup, path, path_ids
@@ -64,10 +63,6 @@ class Predictor:
     """What all predictors share."""
     targets = "all"  # key of tree.TARGETS: what it learns from
     state = ()       # names of its attributes that a checkpoint keeps
-
-    def concentration(self, features):
-        """How sure it is: pseudo-counts [n] behind its predictions."""
-        return np.full(len(features.anchors), CONCENTRATION)
 
     def update(self, features, targets, weights):
         return 0.0
@@ -226,15 +221,14 @@ def monte_carlo_value(policy, env, anchors, num, key):
 
 # ---------------------------------------------------------------- in a step
 def predict(predictor, anchors):
-    """-> (Ṽ [n], how sure [n]) of the anchors; Ṽ is kept on the nodes too. Where one is not a
-    number it is one half, with two pseudo-counts."""
+    """-> Ṽ [n] of the anchors, which is kept on the nodes too; one half where it is not a
+    number."""
     if not anchors:
-        return np.zeros(0), np.zeros(0)
-    seen = features(anchors)
-    values = np.nan_to_num(predictor.predict(seen), nan=0.5)
+        return np.zeros(0)
+    values = np.nan_to_num(predictor.predict(features(anchors)), nan=0.5)
     for node, value in zip(anchors, values):
         node.predicted = float(value)
-    return values, np.nan_to_num(predictor.concentration(seen), nan=2.0)
+    return values
 
 
 class Lessons(NamedTuple):

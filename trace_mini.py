@@ -157,13 +157,12 @@ def train_step(config, state, policy, predictor, data):
     num_bare = state.schedule.num_bare()
     pool = draw_pool(config, state, policy, data, num_bare)
     prefill(policy, pool)
-    v, sure = predict(predictor, pool)
+    v = predict(predictor, pool)
     lap("predict")
 
     # 2. Stage 1: how many bare rollouts each prompt gets.
     wins, losses = state.prompts.seen(pool)
-    anchors = Anchors(v, successes=wins, failures=losses, concentration=sure,
-                      group_size=config.bare_group)
+    anchors = Anchors(v, successes=wins, failures=losses, group_size=config.bare_group)
     m = deal_roots(anchors, num_bare, config.root_rule, rng)
     roots = [root for root, count in zip(pool, m) if count]
     pool = zip(v, m)  # of the others nothing else stays, above all no cache
@@ -178,9 +177,9 @@ def train_step(config, state, policy, predictor, data):
     # 4. Stage 2: how many continuations each prefix of these rollouts gets.
     found = [prefixes(root) for root in roots]
     anchors = [prefix.node for prefix in chain(*found)]
-    chances, sure = predict(predictor, anchors)
+    chances = predict(predictor, anchors)
     lap("predict")
-    k = expand_trees(found, chances, sure, m, config.num_continuations, config.prefix_rule, rng)
+    k = expand_trees(found, chances, m, config.num_continuations, config.prefix_rule, rng)
     lap("allocate")
 
     # 5. Sample the continuations, from the prefixes themselves.

@@ -165,5 +165,5 @@ def test_what_happened_in_a_turn():
 def test_the_oracle_plays_on_copies(policy, data, trees):
     """V is counted, in thirds here, and the tree left as it was."""
     oracle, before = OraclePredictor(policy, data.env, num=3), nodes(trees[0])
-    v, _ = predict(oracle, before[:2])
+    v = predict(oracle, before[:2])
     assert set(v) <= {CLIP, 1 / 3, 2 / 3, 1 - CLIP} and nodes(trees[0]) == before
