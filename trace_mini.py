@@ -65,6 +65,7 @@ ARMS = {
     "root": Arm("trace", "none", "grpo"),
     "prefix": Arm("uniform", "trace", "grpo"),
     "trace": Arm("trace", "trace", "grpo"),
+    "trace-probe": Arm("trace", "trace", "grpo", "probe"),
     "oracle": Arm("trace", "trace", "grpo", "oracle"),
 }
 POOL = {"uniform": 1, "pcl": 4, "mopps": 4}  # candidates per group; other rules: --pool-size

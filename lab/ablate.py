@@ -57,28 +57,48 @@ HOW = {"method", "seed", "out", "resume", "show_tree", "save_trees", "checkpoint
 # the first one of its preset, NAME@SETTING with the first of that setting.
 PRESETS = {}
 for line in """\
-quick       grpo            2  --method grpo
-quick       trace           2  --method trace
-tuning      grpo-1.2e-3     4  --method grpo --learning-rate 1.2e-3
-tuning      grpo-1.8e-3     4  --method grpo --learning-rate 1.8e-3
-tuning      grpo-2.7e-3     4  --method grpo --learning-rate 2.7e-3
-tuning      treepo-1.2e-3   4  --method treepo --learning-rate 1.2e-3
-tuning      treepo-1.8e-3   4  --method treepo --learning-rate 1.8e-3
-tuning      treepo-2.7e-3   4  --method treepo --learning-rate 2.7e-3
-tuning      trace-1.2e-3    4  --method trace --learning-rate 1.2e-3
-tuning      trace-1.8e-3    4  --method trace --learning-rate 1.8e-3
-tuning      trace-2.7e-3    4  --method trace --learning-rate 2.7e-3
-tuning      pcl-1.2e-3      4  --method pcl --predictor probe --learning-rate 1.2e-3
-tuning      pcl-1.8e-3      4  --method pcl --predictor probe --learning-rate 1.8e-3
-tuning      pcl-2.7e-3      4  --method pcl --predictor probe --learning-rate 2.7e-3
-tuning      grpo-4e-3       4  --method grpo --learning-rate 4e-3
-tuning      treepo-4e-3     4  --method treepo --learning-rate 4e-3
-tuning      trace-4e-3      4  --method trace --learning-rate 4e-3
-tuning      pcl-4e-3        4  --method pcl --predictor probe --learning-rate 4e-3
-tuning      grpo-group4     4  --method grpo --group-size 4 --learning-rate 2.7e-3
-tuning      treepo-group6   4  --method treepo --group-size 6 --learning-rate 4e-3
-tuning      trace-pool96    4  --method trace --pool-size 96 --learning-rate 2.7e-3
-tuning      pcl-group4      4  --method pcl --predictor probe --group-size 4 --learning-rate 2.7e-3
+quick       grpo                2   --method grpo
+quick       trace               2   --method trace
+main        grpo                24  --method grpo
+main        trace-probe         24  --method trace-probe
+main        trace               24  --method trace
+main        pcl                 12  --method pcl --predictor probe
+main        treepo              12  --method treepo --learning-rate 4e-3
+main        grpo@second         24  --method grpo
+main        trace-probe@second  24  --method trace-probe
+main        trace@second        12  --method trace
+main        grpo@hard           24  --method grpo
+main        trace-probe@hard    24  --method trace-probe
+main        trace@hard          12  --method trace
+main        oracle@hard         4   --method oracle
+two-by-two  uniform+random      12  --method trace-probe --root-rule uniform --prefix-rule random
+two-by-two  active+random       12  --method trace-probe --prefix-rule random
+two-by-two  uniform+active      12  --method trace-probe --root-rule uniform
+two-by-two  trace-probe         12  --method trace-probe
+transfer    grpo@wiki           24  --method grpo
+transfer    trace-probe@wiki    24  --method trace-probe
+transfer    grpo@hops           24  --method grpo
+transfer    trace-probe@hops    24  --method trace-probe
+tuning      grpo-1.2e-3         4   --method grpo --learning-rate 1.2e-3
+tuning      grpo-1.8e-3         4   --method grpo --learning-rate 1.8e-3
+tuning      grpo-2.7e-3         4   --method grpo --learning-rate 2.7e-3
+tuning      treepo-1.2e-3       4   --method treepo --learning-rate 1.2e-3
+tuning      treepo-1.8e-3       4   --method treepo --learning-rate 1.8e-3
+tuning      treepo-2.7e-3       4   --method treepo --learning-rate 2.7e-3
+tuning      trace-1.2e-3        4   --method trace --learning-rate 1.2e-3
+tuning      trace-1.8e-3        4   --method trace --learning-rate 1.8e-3
+tuning      trace-2.7e-3        4   --method trace --learning-rate 2.7e-3
+tuning      pcl-1.2e-3          4   --method pcl --predictor probe --learning-rate 1.2e-3
+tuning      pcl-1.8e-3          4   --method pcl --predictor probe --learning-rate 1.8e-3
+tuning      pcl-2.7e-3          4   --method pcl --predictor probe --learning-rate 2.7e-3
+tuning      grpo-4e-3           4   --method grpo --learning-rate 4e-3
+tuning      treepo-4e-3         4   --method treepo --learning-rate 4e-3
+tuning      trace-4e-3          4   --method trace --learning-rate 4e-3
+tuning      pcl-4e-3            4   --method pcl --predictor probe --learning-rate 4e-3
+tuning      grpo-group4         4   --method grpo --group-size 4 --learning-rate 2.7e-3
+tuning      treepo-group6       4   --method treepo --group-size 6 --learning-rate 4e-3
+tuning      trace-pool96        4   --method trace --pool-size 96 --learning-rate 2.7e-3
+tuning      pcl-group4          4   --method pcl --predictor probe --group-size 4 --learning-rate 2.7e-3
 """.splitlines():
     preset, arm, num_seeds, flags = line.split(maxsplit=3)
     PRESETS.setdefault(preset, {})[arm] = int(num_seeds), flags

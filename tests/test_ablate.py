@@ -283,10 +283,9 @@ def test_a_killed_grid_stops_its_runs_and_goes_on_from_their_checkpoints(folders
 
 
 # ---------------------------------------------------------------- the evidence
-@pytest.mark.parametrize("name", re.findall("<!-- ((?:differences|rows):.*) -->", PAGE))
-def test_every_number_of_the_evidence_is_that_of_its_file(name, capsys, monkeypatch):
+@pytest.mark.parametrize("arguments", re.findall("<!-- lab.ablate (.*) -->", PAGE))
+def test_every_number_of_the_evidence_is_that_of_its_file(arguments, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
-    block = PAGE.split(f"<!-- {name} -->")[1].split("<!-- /")[0]
-    flag, _, file = name.partition(":")
-    assert main([f"--{flag}", file]) == 0
+    block = PAGE.split(f"<!-- lab.ablate {arguments} -->")[1].split("<!-- /")[0]
+    assert main(arguments.split()) == 0
     assert "".join(block.split()) == "".join(capsys.readouterr().out.split())
