@@ -3,7 +3,7 @@
 Every run is a `python trace_mini.py` of its own, in a folder under runs/ablate. Ctrl-C lets the
 runs save; after it, or after a kill, the same command goes on. A finished run becomes one row per
 evaluation in results/PRESET.csv. What stands there, or was made alike for another preset, is not
-run again. results/PROTOCOL.md says what decides.
+run again. results/PROTOCOL.md says what decides. Rows of the preset tuning are in results/development.
 
 `made_with` is a hash of the dials that are not at their default, the weights and the world. Rows
 that were made with others are left out: what they stood for is "not run". The hash does not know
@@ -232,21 +232,25 @@ def collect(run, jobs):
 
 
 # ---------------------------------------------------------------- command line
+def file_of(preset):
+    return RESULTS / ("development" if preset == "tuning" else "") / f"{preset}.csv"
+
+
 def gather(runs, file):
     """-> {(arm, seed): rows} of the runs that are finished, from `file` and all of results/."""
     rows = read_rows(file)
     for preset in PRESETS:
-        rows += read_rows(RESULTS / f"{preset}.csv")
+        rows += read_rows(file_of(preset))
     return finished(runs, rows)
 
 
 def all_differences(folder, draw):
-    """The table of FOLDER/contrasts.txt, from all rows in that folder but those of development.
-    To draw: FOLDER/differences.png, of the lines above the first empty one."""
+    """The table of FOLDER/contrasts.txt, from all rows in that folder. To draw:
+    FOLDER/differences.png, of the lines above the first empty one."""
     contrasts = (folder / "contrasts.txt").read_text()
     rows = []
     for file in sorted(folder.glob("*.csv")):
-        rows += [row for row in read_rows(file) if "arm" in row and row["seed"] < DEV]
+        rows += [row for row in read_rows(file) if "arm" in row]
     if draw:
         gains = {words: 100 * np.array(ends[0]) for words, _, ends, _ in
                  contrasted(by_run(rows), contrasts.partition("\n\n")[0])}
@@ -299,7 +303,7 @@ def command(args):
         return print(report(done))
     if args.differences:
         return print(all_differences(Path(args.differences), args.draw))
-    file = RESULTS / f"{args.preset}.csv"
+    file = file_of(args.preset)
     if args.dev or args.flags:
         file = RUNS / file.name
     runs = plan(args.preset, args.flags, args.dev or args.preset == "tuning")

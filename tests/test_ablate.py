@@ -211,7 +211,7 @@ def test_finished_rows_are_not_run_again_and_stale_ones_left_out(folders, monkey
     rows = []
     for run in others:
         rows += rows_of(run, 0.3)
-    write_rows(folders / "results" / "tuning.csv", rows_of(first._replace(arm="as before"), 0.3))
+    write_rows(folders / "results" / "main.csv", rows_of(first._replace(arm="as before"), 0.3))
     write_rows(folders / "results" / "quick.csv", rows)
     assert main([]) == 0 and "not run" not in capsys.readouterr().out
     assert (folders / "results" / "quick.png").exists()
