@@ -56,6 +56,7 @@ class Arm(NamedTuple):
     prefix_rule: str  # key of allocator.PREFIX_RULES
     advantage: str    # key of tree.ADVANTAGES
     predictor: str = "head"  # key of predictor.PREDICTORS
+    pool_size: int = 32      # candidates, where the root rule leaves the choice
 
 
 ARMS = {
@@ -65,10 +66,10 @@ ARMS = {
     "root": Arm("trace", "none", "grpo"),
     "prefix": Arm("uniform", "trace", "grpo"),
     "trace": Arm("trace", "trace", "grpo"),
-    "trace-probe": Arm("trace", "trace", "grpo", "probe"),
+    "trace-probe": Arm("trace", "trace", "grpo", "probe", 96),
     "oracle": Arm("trace", "trace", "grpo", "oracle"),
 }
-POOL = {"uniform": 1, "pcl": 4, "mopps": 4}  # candidates per group; other rules: --pool-size
+POOL = {"uniform": 1, "pcl": 4, "mopps": 4}  # candidates per group; other rules: the arm's
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Config:
     save_trees: int = dial(3, "basic", "trees of each step, for report.html", free=True)
     learning_rate: float = dial(None, "method", "at its peak (default: by the model)")
     num_continuations: int = dial(2, "method", "N: continuations per bare rollout", high=100)
-    pool_size: int = dial(32, "method", "candidates (not for uniform, pcl, mopps)", 1)
+    pool_size: int = dial(0, "method", "candidates (0: the arm's; not for uniform, pcl, mopps)")
     group_size: int = dial(8, "method", "leaves per prompt, about, of equal groups", 2)
     root_rule: str = dial("", "method", "stage 1 (default: the arm's)", choices=ROOT_RULES)
     prefix_rule: str = dial("", "method", "stage 2 (default: the arm's)", choices=PREFIX_RULES)

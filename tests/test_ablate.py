@@ -56,6 +56,8 @@ def test_hash_knows_dials_weights_and_world_and_nothing_else(tmp_path):
     base = made_with(Config())
     assert base == made_with(Config(seed=3, out="x", show_tree=True, checkpoint_every=1))
     assert base == made_with(Config(method="trace", root_rule="trace")), "two spellings"
+    assert made_with(Config(method="trace-probe")) == made_with(
+        Config(predictor="probe", pool_size=96)) != base
     assert HOW <= vars(Config()).keys()
     shutil.copytree(HERE / "world" / "tiny", tmp_path / "model")
     copy = Config(model=str(tmp_path / "model"))
