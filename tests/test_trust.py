@@ -202,7 +202,7 @@ def test_the_predictor_forgets_what_is_not_finite(policy, data):
     roots, head = expanded(policy, data), HeadPredictor(policy)
     roots[0].hidden[:] = np.nan
     assert score_and_update(head, roots)["predictor_skipped"] == 1
-    assert predict(head, roots)[0].tolist() == [0.5, 0.5] and head.lessons is None
+    assert predict(head, roots).tolist() == [0.5, 0.5] and head.lessons is None
 
 
 @pytest.mark.long
