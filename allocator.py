@@ -84,9 +84,9 @@ def solve_roots(values, budget):
 
 
 def expand_prefixes(v, r, budget, cap=None):
-    """k [n], sum == budget (less only if caps bind), maximising sum(flip_prob) exactly: one by one
-    to the largest gain. Ties go to the fewest so far, then to earlier prefixes. ValueError as
-    allocate_roots, and if r is not [n] in {0, 1}."""
+    """k [n], sum == budget (less only if caps bind), maximising sum(flip_prob) exactly, by
+    giving each to the largest gain. Ties go to the fewest so far, then to earlier prefixes.
+    ValueError as allocate_roots, and if r is not [n] in {0, 1}."""
     v, r = np.asarray(v, float), np.asarray(r)
     check("v", v.ndim == 1, "one-dimensional")
     check("r", r.shape == v.shape, f"of v's shape {v.shape}, not {r.shape}")

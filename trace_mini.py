@@ -116,11 +116,11 @@ class Config:
         self.evaluations = parse_evaluations(self.eval_questions)
         if self.prefix_rule == "none":
             self.num_continuations = 0
-        if self.eval_data and (self.data == "toy" or self.scores_a_file):
+        if self.eval_data and (self.data == "toy" or self.scores_others):
             raise UsageError("--eval-data goes with training on a --data file")
 
     @property
-    def scores_a_file(self):
+    def scores_others(self):
         """--eval-only of other questions, whole, not of those that a run held out."""
         return self.eval_only and (self.out != "" or not self.resume)
 
@@ -298,7 +298,7 @@ def run(config):
     saved = load_checkpoint(config.resume) if config.resume else None
     if saved and not config.eval_only and saved["state"]["schedule"]["step"] >= config.steps:
         return say(f"{config.resume}: already at its last step; --steps N goes further")
-    goes_on = config.resume and not config.scores_a_file
+    goes_on = config.resume and not config.scores_others
     folder = Path(config.resume) if goes_on else fresh_folder(config)
     say(describe_run(folder, config, best_device()))
     data, policy = load_data(config), load_policy(config)

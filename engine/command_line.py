@@ -136,8 +136,8 @@ def parse_dials(config_class, description, arguments=None):
     others = given.data != saved.data or given.data == "toy" and (
         (given.wiki_seed, given.hop_mix) != (saved.wiki_seed, saved.hop_mix))
     if given.eval_only and others != bool(given.out):
-        raise UsageError("--resume --eval-only: --data, --wiki-seed or --hop-mix name other "
-                         "questions, and --out a folder for their scores; neither goes alone")
+        raise UsageError("--resume --eval-only: other questions (--data, --wiki-seed or --hop-mix) "
+                         "and a folder for their scores (--out) go together, neither goes alone")
     if given.eval_only and given.out:
         given.eval_data = ""
         return config_class(**vars(given))

@@ -3,7 +3,8 @@
 Every run is a `python trace_mini.py` of its own, in a folder under runs/ablate. Ctrl-C lets the
 runs save; after it, or after a kill, the same command goes on. A finished run becomes one row per
 evaluation in results/PRESET.csv. What stands there, or was made alike for another preset, is not
-run again. results/PROTOCOL.md says what decides. Rows of the preset tuning are in results/development.
+run again. (Those of the preset quick stay in runs/ablate, those of the tuning in
+results/development.) results/PROTOCOL.md says what decides.
 
 `made_with` is a hash of the dials that are not at their default, the weights and the world. Rows
 that were made with others are left out: what they stood for is "not run". The hash does not know
@@ -57,48 +58,48 @@ HOW = {"method", "seed", "out", "resume", "show_tree", "save_trees", "checkpoint
 # the first one of its preset, NAME@SETTING with the first of that setting.
 PRESETS = {}
 for line in """\
-quick       grpo                2   --method grpo
-quick       trace               2   --method trace
-main        grpo                24  --method grpo
-main        trace-probe         24  --method trace-probe
-main        trace               24  --method trace
-main        pcl                 12  --method pcl --predictor probe
-main        treepo              12  --method treepo --learning-rate 4e-3
-main        grpo@second         24  --method grpo
-main        trace-probe@second  24  --method trace-probe
-main        trace@second        12  --method trace
-main        grpo@hard           24  --method grpo
-main        trace-probe@hard    24  --method trace-probe
-main        trace@hard          12  --method trace
-main        oracle@hard         4   --method oracle
-two-by-two  uniform+random      12  --method trace-probe --root-rule uniform --prefix-rule random
-two-by-two  active+random       12  --method trace-probe --prefix-rule random
-two-by-two  uniform+active      12  --method trace-probe --root-rule uniform
-two-by-two  trace-probe         12  --method trace-probe
-transfer    grpo@wiki           24  --method grpo
-transfer    trace-probe@wiki    24  --method trace-probe
-transfer    grpo@hops           24  --method grpo
-transfer    trace-probe@hops    24  --method trace-probe
-tuning      grpo-1.2e-3         4   --method grpo --learning-rate 1.2e-3
-tuning      grpo-1.8e-3         4   --method grpo --learning-rate 1.8e-3
-tuning      grpo-2.7e-3         4   --method grpo --learning-rate 2.7e-3
-tuning      treepo-1.2e-3       4   --method treepo --learning-rate 1.2e-3
-tuning      treepo-1.8e-3       4   --method treepo --learning-rate 1.8e-3
-tuning      treepo-2.7e-3       4   --method treepo --learning-rate 2.7e-3
-tuning      trace-1.2e-3        4   --method trace --learning-rate 1.2e-3
-tuning      trace-1.8e-3        4   --method trace --learning-rate 1.8e-3
-tuning      trace-2.7e-3        4   --method trace --learning-rate 2.7e-3
-tuning      pcl-1.2e-3          4   --method pcl --predictor probe --learning-rate 1.2e-3
-tuning      pcl-1.8e-3          4   --method pcl --predictor probe --learning-rate 1.8e-3
-tuning      pcl-2.7e-3          4   --method pcl --predictor probe --learning-rate 2.7e-3
-tuning      grpo-4e-3           4   --method grpo --learning-rate 4e-3
-tuning      treepo-4e-3         4   --method treepo --learning-rate 4e-3
-tuning      trace-4e-3          4   --method trace --learning-rate 4e-3
-tuning      pcl-4e-3            4   --method pcl --predictor probe --learning-rate 4e-3
-tuning      grpo-group4         4   --method grpo --group-size 4 --learning-rate 2.7e-3
-tuning      treepo-group6       4   --method treepo --group-size 6 --learning-rate 4e-3
-tuning      trace-pool96        4   --method trace --pool-size 96 --learning-rate 2.7e-3
-tuning      pcl-group4          4   --method pcl --predictor probe --group-size 4 --learning-rate 2.7e-3
+quick      grpo               2  --method grpo
+quick      trace              2  --method trace
+main       grpo               24 --method grpo
+main       trace-probe        24 --method trace-probe
+main       trace              24 --method trace
+main       pcl                12 --method pcl --predictor probe
+main       treepo             12 --method treepo --learning-rate 4e-3
+main       grpo@second        24 --method grpo
+main       trace-probe@second 24 --method trace-probe
+main       trace@second       12 --method trace
+main       grpo@hard          24 --method grpo
+main       trace-probe@hard   24 --method trace-probe
+main       trace@hard         12 --method trace
+main       oracle@hard        4  --method oracle --pool-size 96
+two-by-two uniform+random     12 --method trace-probe --root-rule uniform --prefix-rule random
+two-by-two active+random      12 --method trace-probe --prefix-rule random
+two-by-two uniform+active     12 --method trace-probe --root-rule uniform
+two-by-two trace-probe        12 --method trace-probe
+transfer   grpo@wiki          24 --method grpo
+transfer   trace-probe@wiki   24 --method trace-probe
+transfer   grpo@hops          24 --method grpo
+transfer   trace-probe@hops   24 --method trace-probe
+tuning     grpo-1.2e-3        4  --method grpo --learning-rate 1.2e-3
+tuning     grpo-1.8e-3        4  --method grpo --learning-rate 1.8e-3
+tuning     grpo-2.7e-3        4  --method grpo --learning-rate 2.7e-3
+tuning     treepo-1.2e-3      4  --method treepo --learning-rate 1.2e-3
+tuning     treepo-1.8e-3      4  --method treepo --learning-rate 1.8e-3
+tuning     treepo-2.7e-3      4  --method treepo --learning-rate 2.7e-3
+tuning     trace-1.2e-3       4  --method trace --learning-rate 1.2e-3
+tuning     trace-1.8e-3       4  --method trace --learning-rate 1.8e-3
+tuning     trace-2.7e-3       4  --method trace --learning-rate 2.7e-3
+tuning     pcl-1.2e-3         4  --method pcl --predictor probe --learning-rate 1.2e-3
+tuning     pcl-1.8e-3         4  --method pcl --predictor probe --learning-rate 1.8e-3
+tuning     pcl-2.7e-3         4  --method pcl --predictor probe --learning-rate 2.7e-3
+tuning     grpo-4e-3          4  --method grpo --learning-rate 4e-3
+tuning     treepo-4e-3        4  --method treepo --learning-rate 4e-3
+tuning     trace-4e-3         4  --method trace --learning-rate 4e-3
+tuning     pcl-4e-3           4  --method pcl --predictor probe --learning-rate 4e-3
+tuning     grpo-group4        4  --method grpo --group-size 4 --learning-rate 2.7e-3
+tuning     treepo-group6      4  --method treepo --group-size 6 --learning-rate 4e-3
+tuning     trace-pool96       4  --method trace --pool-size 96 --learning-rate 2.7e-3
+tuning     pcl-group4         4  --method pcl --predictor probe --group-size 4 --learning-rate .0027
 """.splitlines():
     preset, arm, num_seeds, flags = line.split(maxsplit=3)
     PRESETS.setdefault(preset, {})[arm] = int(num_seeds), flags
@@ -134,14 +135,14 @@ def plan(preset, extra="", dev=False):
             where = ""
             if preset == "transfer":
                 where = arm.partition("@")[2]
-                made = fingerprint((made, where))
+                made = fingerprint((made, TRANSFERS[where]))
             runs.append(Run(arm, seed, where, words, config, made, folder))
     return sorted(runs, key=lambda run: run.seed)
 
 
 def made_with(config):
-    """Hash of what decides a run's numbers besides its seed: dials, weights and world. The four
-    choices of a method always count, other dials only where they are not at their default."""
+    """Hash of what decides a run's numbers besides its seed: dials, weights and world. The choices
+    of a method (Arm) always count, other dials only where they are not at their default."""
     dials = {}
     for field in fields(config):
         value = getattr(config, field.name)
@@ -233,7 +234,8 @@ def collect(run, jobs):
 
 # ---------------------------------------------------------------- command line
 def file_of(preset):
-    return RESULTS / ("development" if preset == "tuning" else "") / f"{preset}.csv"
+    folders = {"quick": RUNS, "tuning": RESULTS / "development"}
+    return folders.get(preset, RESULTS) / f"{preset}.csv"
 
 
 def gather(runs, file):
@@ -246,14 +248,14 @@ def gather(runs, file):
 
 def all_differences(folder, draw):
     """The table of FOLDER/contrasts.txt, from all rows in that folder. To draw:
-    FOLDER/differences.png, of the lines above the first empty one."""
+    FOLDER/differences.png, of the lines above the first empty one that are of one setting."""
     contrasts = (folder / "contrasts.txt").read_text()
     rows = []
     for file in sorted(folder.glob("*.csv")):
         rows += [row for row in read_rows(file) if "arm" in row]
     if draw:
         gains = {words: 100 * np.array(ends[0]) for words, _, ends, _ in
-                 contrasted(by_run(rows), contrasts.partition("\n\n")[0])}
+                 contrasted(by_run(rows), contrasts.partition("\n\n")[0]) if len(ends) == 1}
         draw_differences(gains).write(folder / "differences.png")
     return differences(by_run(rows), contrasts)
 
@@ -261,8 +263,9 @@ def all_differences(folder, draw):
 def run_missing(runs, file, jobs):
     """Run these, and write their rows. -> logs of the runs that failed"""
     trained = {run.folder: run._replace(where="") for run in runs if run.where}
-    list(run_all(trained.values(), jobs))  # before they transfer
-    failed = []
+    before = {run.folder: code for run, code in run_all(trained.values(), jobs)}
+    failed = [f"{folder}.log" for folder, code in before.items() if code]
+    runs = [run for run in runs if not before.get(run.folder)]  # trained, where they transfer
     for run, code in tqdm(run_all(runs, jobs), total=len(runs), unit="run"):
         if code:
             failed.append(f"{run.folder}.log")
@@ -290,6 +293,8 @@ def parse(arguments):
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {args.jobs}")
+    if args.draw and not args.differences:
+        raise UsageError("--draw goes with --differences")
     return args
 
 

@@ -36,8 +36,8 @@ def draw_arms(rows, file):
 
 def draw_differences(gains, limit=16):
     """Differences in points, {words: one per seed}, as a Figure: every seed a dot, and the mean
-    with its 95 % interval. A seed beyond the limit is an arrow at the edge: one that broke down
-    would flatten the rest."""
+    with its 95 % interval. A seed beyond the limit is an arrow at the edge, and a mean leaves the
+    picture: one that broke down would flatten the rest."""
     figure = Picture(figsize=(6.4, 0.8 + 0.4 * len(gains)), layout="constrained")
     axes = figure.subplots()
     for y, points in enumerate(map(np.array, gains.values())):

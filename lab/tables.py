@@ -180,10 +180,10 @@ def groups_table(done):
 
 
 def contrasted(done, contrasts):
-    """Yields (words, column, ends, areas) for each line of `contrasts`, which says: seeds at most |
-    column | weights and arms | words. Ends and areas are differences, paired over the seeds that
-    all arms share. They are lists of one group, or of a group per setting where ; stands between
-    the formulas of several."""
+    """Yields (words, column, ends, areas) for each line of `contrasts`, which says: seeds per
+    formula, at most | column | weights and arms | words. Ends and areas are differences, paired
+    over the seeds that all arms share. They are lists of one group, or of a group per setting where
+    ; stands between the formulas of several."""
     for line in filter(None, contrasts.split("\n")):
         most, name, formulas, words = line.split(" | ")
         ends, areas = [], []
@@ -215,7 +215,7 @@ def points(groups):
     if min(map(len, groups)) < 2:
         return "–"
     mean, half = summary(groups)
-    return f"{100 * mean:+.1f} ± {100 * half:.1f}"
+    return "–" if np.isnan(mean) else f"{100 * mean:+.1f} ± {100 * half:.1f}"
 
 
 def report(done, planned=()):

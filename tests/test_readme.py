@@ -70,7 +70,8 @@ def test_the_reading_times_are_those_of_the_files():
 # ---------------------------------------------------------------- numbers
 def headline():
     """Lines of the README's small table, out of the large one of the evidence."""
-    large = EVIDENCE.split("<!-- lab.ablate --rows results/protocol-1/main.csv -->")[1].split("\n\n")[1]
+    name = "<!-- lab.ablate --rows results/protocol-1/main.csv -->"
+    large = EVIDENCE.split(name)[1].split("\n\n")[1]
     cells = {line.split(" | ")[0]: line.split(" | ") for line in large.split("\n")}
     for arm, where in (("", ""), ("@2", "@2, ")):
         grpo, trace = cells[f"| grpo{arm}"], cells[f"| trace{arm}"]

@@ -8,6 +8,7 @@ from engine.errors import UsageError
 from react_env import ReActEnv
 from world.oracle import oracle, read_value, run_agent
 from world.toy import (
+    CHAINS,
     bare,
     is_namesake,
     make_questions,
@@ -90,6 +91,7 @@ def test_namesakes_are_met_on_a_page_or_in_the_similar_list():
 def test_the_mix_of_hops():
     """Long chains are the rule where the mix says so, and none is longer than it says."""
     assert parse_hop_mix("36,32,22,10") == (0.36, 0.32, 0.22, 0.1)
+    assert {q.kind for q in make_questions(WORLD, 60, hop_weights=[0.5, 0, 0.5])} == set(CHAINS)
     hops = Counter(q.num_hops for q in make_questions(WORLD, 400, hop_weights=parse_hop_mix(
         "10,15,25,50"), kinds=("bridge",)))
     assert max(hops) == 4 and hops[4] > max(hops[1], hops[2])

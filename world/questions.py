@@ -37,8 +37,9 @@ class Data(NamedTuple):
                 "wiki": fingerprint([self.env.wiki.pages, self.eval_env.wiki.pages])}
 
     def that_fit(self, policy):
-        """The same, without questions whose prompt leaves no room for a turn."""
-        if not self.train:  # a file that is only scored, whole
+        """The same, without questions whose prompt leaves no room for a turn (but where they are
+        only scored)."""
+        if not self.train:
             return self
 
         def fits(question):
@@ -58,14 +59,14 @@ def load_data(config):
     if config.data == "toy":
         world = make_world(NUM_ARTICLES, config.wiki_seed)
         env, mix = ReActEnv(world.wiki, MAX_TURNS), parse_hop_mix(config.hop_mix)
-        train = [] if config.scores_a_file else make_questions(
+        train = [] if config.scores_others else make_questions(
             world, NUM_QUESTIONS, split="train", hop_weights=mix)
         try:
             held_out = make_questions(world, num_eval, split="eval", hop_weights=mix)
         except UsageError as error:
             raise UsageError(f"--eval-questions: {error}") from None
         return Data(env, train, env, held_out, num_eval)
-    everything = config.scores_a_file  # also by a run on another mix, or after a cold start
+    everything = config.scores_others  # also by a run on another mix, or after a cold start
     if (config.cold_start or config.hop_mix != HOP_MIX) and not (everything and config.resume):
         raise UsageError("--cold-start and --hop-mix go with --data toy")
     questions, env, notice = load_file(config.data, everything)

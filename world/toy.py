@@ -186,7 +186,8 @@ def _value(rng, target, titles):
 # ---------------------------------------------------------------- its questions
 HOP_MIX = "36,32,22,10"  # percent: how often a chain of 1, 2, ... hops is tried
 MOST_TURNS = 7  # that the oracle may need: chains of at most six hops
-KINDS = ("bridge",) * 6 + ("lookup", "similar", "comparison", "yes_no")
+CHAINS = ("bridge",) * 6 + ("lookup", "similar")
+KINDS = CHAINS + ("comparison", "yes_no")
 
 
 @dataclass(frozen=True)
@@ -286,9 +287,11 @@ def _pair(world, rng, start, kind, split):
     return None
 
 
-def make_questions(world, num, seed=0, split=None, hop_weights=HOP_WEIGHTS, kinds=KINDS):
+def make_questions(world, num, seed=0, split=None, hop_weights=HOP_WEIGHTS, kinds=None):
     """-> `num` different questions. Splits ("train", "eval") share no title that a plan starts
-    at, so they are disjoint in chains. UsageError when the world does not hold so many."""
+    at, so they are disjoint in chains. UsageError when the world does not hold so many. Where
+    `kinds` does not say it, comparisons, which have two hops, are asked if these have a weight."""
+    kinds = kinds or (KINDS if sum(hop_weights[1:2]) else CHAINS)
     rng = random.Random(f"questions {world.seed} {seed} {split}")
     starts = [title for title in world.facts if _in_split(title, split)]
     special = [title for title in starts if is_namesake(title)]
