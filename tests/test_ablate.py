@@ -21,6 +21,7 @@ from lab.pictures import draw_differences
 from lab.stats import interval, sign_flip, summary
 from lab.tables import (
     area,
+    by_run,
     differences,
     end,
     finished,
@@ -305,6 +306,23 @@ def test_a_killed_grid_stops_its_runs_and_goes_on_from_their_checkpoints(folders
 
 
 # ---------------------------------------------------------------- the evidence
+def test_the_table_of_forms_is_that_of_their_rows():
+    """Means of four seeds in each mix, and of both; two of the rows have the tuning's names."""
+    rows = []
+    for file in (HERE / "results" / "development").glob("*.csv"):
+        rows += read_rows(file)
+    done = by_run(rows)
+    page = (HERE / "results" / "PROTOCOL.md").read_text().split("all eight |\n")[1]
+    lines = re.findall(r"^\| (\w+) \| (.*\d) \| (.*\d) \| (.*\d.*) \|$", page, re.MULTILINE)
+    assert len(lines) >= 10
+    for form, *texts in lines:
+        name = {"grpo": "grpo-2.7e-3", "faithful": "trace-2.7e-3"}.get(form, form)
+        means = [100 * np.mean([end(done[arm, seed]) for seed in range(1000, 1004)])
+                 for arm in (name, f"{form}@hard")]
+        assert [f"{x:.1f}" for x in (*means, np.mean(means))] == [
+            text.strip("*") for text in texts], form
+
+
 @pytest.mark.parametrize("arguments", re.findall("<!-- lab.ablate (.*) -->", PAGE))
 def test_every_number_of_the_evidence_is_that_of_its_file(arguments, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
