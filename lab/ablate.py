@@ -239,7 +239,7 @@ def file_of(preset):
 
 
 def gather(runs, file):
-    """-> {(arm, seed): rows} of the runs that are finished, from `file` and all of results/."""
+    """-> {(arm, seed): rows} of the finished runs, from `file` and the files of all presets."""
     rows = read_rows(file)
     for preset in PRESETS:
         rows += read_rows(file_of(preset))
