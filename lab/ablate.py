@@ -310,7 +310,7 @@ def command(args):
         return print(all_differences(Path(args.differences), args.draw))
     file = file_of(args.preset)
     if args.dev or args.flags:
-        file = RUNS / file.name
+        file = RUNS / f"{args.preset}-tried.csv"
     runs = plan(args.preset, args.flags, args.dev or args.preset == "tuning")
     done, planned = gather(runs, file), [(run.arm, run.seed) for run in runs]
     if args.table:

@@ -32,7 +32,7 @@ from lab.tables import (
 from trace_mini import HERE, Config
 from world.questions import load_data
 
-PAGE = (HERE / "results" / "README.md").read_text()
+PAGE, PROTOCOL = ((HERE / "results" / name).read_text() for name in ("README.md", "PROTOCOL.md"))
 SMALL = ("--steps 2 --budget 400 --eval-questions 0:5,50:5,100:8 "
          "--checkpoint-every 1 --pool-size 8")
 
@@ -272,15 +272,16 @@ def test_a_grid_of_an_arm_that_works_one_that_cannot_and_a_transfer(folders, mon
     assert main(["--jobs", "1", "--flags", SMALL]) == 1
     bad, run = plan("quick", SMALL)
     assert "room for a turn" in Path(f"{bad.folder}.log").read_text()
-    rows, steps = read_rows(folders / "runs" / "quick.csv"), metrics(run.folder)
+    rows, steps = read_rows(folders / "runs" / "quick-tried.csv"), metrics(run.folder)
     assert [(row["arm"], row["step"]) for row in rows] == [("trace", 0), ("trace", 1), ("trace", 2)]
     assert [row["num_questions"] for row in rows] == [5, 5, 8]
     assert rows[2]["eval_em"] == steps[1]["eval_em"]
     assert main(["--preset", "transfer", "--flags", SMALL]) == 0
-    rows = read_rows(folders / "runs" / "transfer.csv")
+    rows = read_rows(folders / "runs" / "transfer-tried.csv")
     assert [(row["arm"], row["step"]) for row in rows] == [("trace@wiki", 2), ("trace@hops", 2)]
     assert {name for name in rows[1] if "hops" in name} <= {"em 5 hops", "em 6 hops"}
     assert not any((folders / "results").iterdir()), "a trial leaves nothing there"
+    assert not (folders / "runs" / "quick.csv").exists(), "nor among the rows of the lesson"
 
 
 @pytest.mark.long
@@ -306,19 +307,34 @@ def test_a_killed_grid_stops_its_runs_and_goes_on_from_their_checkpoints(folders
 
 
 # ---------------------------------------------------------------- the evidence
-def test_the_table_of_forms_is_that_of_their_rows():
-    """Means of four seeds in each mix, and of both; two of the rows have the tuning's names."""
+@pytest.fixture(scope="module")
+def mean_end():
+    """arm -> mean of its four development seeds at the primary endpoint, in percent"""
     rows = []
     for file in (HERE / "results" / "development").glob("*.csv"):
         rows += read_rows(file)
     done = by_run(rows)
-    page = (HERE / "results" / "PROTOCOL.md").read_text().split("all eight |\n")[1]
+    return lambda arm: 100 * np.mean([end(done[arm, seed]) for seed in range(1000, 1004)])
+
+
+@pytest.mark.parametrize("arm, other", [("grpo", "group4"), ("treepo", "group6"),
+                                        ("trace", "pool96"), ("pcl", "group4")])
+def test_the_table_of_the_tuning_is_that_of_its_rows(arm, other, mean_end):
+    """Four rates, then the other size; the best is bold."""
+    (line,) = re.findall(rf"^\| {arm}\b.*: .*$", PROTOCOL, re.MULTILINE)
+    means = [mean_end(f"{arm}-{what}") for what in ("1.2e-3", "1.8e-3", "2.7e-3", "4e-3", other)]
+    assert re.findall(r"\d+\.\d", line) == [f"{x:.1f}" for x in means]
+    assert re.findall(r"\*\*(.*)\*\*", line) == [f"{max(means):.1f}"]
+
+
+def test_the_table_of_forms_is_that_of_their_rows(mean_end):
+    """Means of four seeds in each mix, and of both; two of the rows have the tuning's names."""
+    page = PROTOCOL.split("all eight |\n")[1]
     lines = re.findall(r"^\| (\w+) \| (.*\d) \| (.*\d) \| (.*\d.*) \|$", page, re.MULTILINE)
     assert len(lines) >= 10
     for form, *texts in lines:
         name = {"grpo": "grpo-2.7e-3", "faithful": "trace-2.7e-3"}.get(form, form)
-        means = [100 * np.mean([end(done[arm, seed]) for seed in range(1000, 1004)])
-                 for arm in (name, f"{form}@hard")]
+        means = [mean_end(name), mean_end(f"{form}@hard")]
         assert [f"{x:.1f}" for x in (*means, np.mean(means))] == [
             text.strip("*") for text in texts], form
 
