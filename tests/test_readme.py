@@ -105,8 +105,19 @@ def predictors():
         yield f"| {name} | {' | '.join(texts)} |"
 
 
+def course():
+    """Lines of the table of their course, from the same file."""
+    rows = read_rows(HERE / "results" / "predictor.csv")
+    for name in ("head", "probe", "ceiling"):
+        cells = [", ".join(f"{row[score]:.2f}" for row in rows
+                           if (row["predictor"], row["group"]) == (name, group))
+                 for score, group in (("closed", "roots"), ("closed", "prefixes"),
+                                      ("bias", "prefixes"))]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 @pytest.mark.parametrize("lines, page", [(headline, README), (speed, EVIDENCE),
-                                         (predictors, EVIDENCE)])
+                                         (predictors, EVIDENCE), (course, EVIDENCE)])
 def test_every_measured_number_is_that_of_its_file(lines, page):
     table = "\n".join(lines())
     assert table and f"---|\n{table}\n" in page, table
