@@ -146,8 +146,8 @@ def parse_dials(config_class, description, arguments=None):
     for name, value in {**own_dials(saved), "out": ""}.items():
         if getattr(given, name) != value:
             raise UsageError(f"--resume {given.resume}: that run has {name} {value}, not "
-                             f"{getattr(given, name)}; only --steps, the memory dials and "
-                             "--eval-only, with other questions and --out, may change")
+                             f"{getattr(given, name)}; only --steps and what moves no number "
+                             "may change; with --eval-only the questions, and --out")
     return config_class(**vars(given))
 
 
