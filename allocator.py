@@ -137,9 +137,9 @@ class Anchors:
 
 
 def equal_groups(score, budget, size):
-    """m [n]: `size` rollouts each, from the lowest score up, then one smaller group (a lone
-    leftover is dropped). What is left when all have one is dealt evenly, up to CAP."""
-    n, size = len(score), min(size, CAP)
+    """m [n]: `size` rollouts each, at most CAP, from the lowest score up, then one smaller group
+    (a lone leftover is dropped). What is left when all have one is dealt evenly, up to CAP."""
+    n = len(score)
     m = np.clip(budget - size * np.arange(n), 0, size)
     m[m == 1] = 0
     m += deal_evenly(budget - size * n, CAP - m)

@@ -1,7 +1,7 @@
-"""The shared success predictor Ṽ: one small network for the roots and prefixes of all prompts.
+"""The shared success predictor Ṽ: one small model for the roots and prefixes of all prompts.
 
-It reads what the policy computed anyway, the hidden states at the last tokens of the prompt
-and of the anchor, and three plain numbers; it learns online from the recursive targets V̂ of
+It reads what the policy computed anyway, hidden states at the prompt and at the anchor, and a few
+plain numbers; it learns online from the recursive targets V̂ of
 the steps' trees. It serves the allocator only and never enters the policy gradient. Nothing it
 sees is privileged: no answer, no gold title, no hop count, no kind of question.
 
@@ -75,6 +75,11 @@ class Predictor:
             setattr(self, name, saved[name])
 
 
+def joined(old, new, memory):
+    """[inputs, targets, weights] of the last `memory` anchors, the new ones among them."""
+    return [torch.cat(pair)[-memory:] for pair in zip(old, new)] if old else new
+
+
 class HeadPredictor(Predictor):
     """LayerNorm and one linear layer on all features; MSE as in the paper. It learns from
     the last `memory` anchors together: one step shows it few prompts. (A hidden layer learnt no
@@ -114,9 +119,7 @@ class HeadPredictor(Predictor):
             before = self.loss(*new).item()
         if not np.isfinite(before):
             return np.nan
-        lessons = new
-        if self.lessons is not None:
-            lessons = [torch.cat(pair)[-self.memory:] for pair in zip(self.lessons, new)]
+        lessons = joined(self.lessons, new, self.memory)
         for _ in range(self.passes):
             self.optimizer.zero_grad()
             self.loss(*lessons).backward()
@@ -170,10 +173,8 @@ class ProbePredictor(Predictor):
             return np.nan
         before = losses[self.losses.argmin()] / new[2].sum()
         self.losses = self.losses + losses
-        if self.lessons is not None:
-            new = [torch.cat(pair)[-self.memory:] for pair in zip(self.lessons, new)]
-        self.lessons = new
-        self.model.fit(*new)
+        self.lessons = joined(self.lessons, new, self.memory)
+        self.model.fit(*self.lessons)
         return before.item()
 
     def state_dict(self):

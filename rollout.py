@@ -248,7 +248,7 @@ def fill(policy, nodes):
     known, ids, starts = list(map(cached_above, nodes)), [], []
     for node, above in zip(nodes, known):
         starts.append(above.length if above else 0)
-        ids.append(path_ids(node)[starts[-1]:policy.context])
+        ids.append(path_ids(node)[starts[-1]:])
     longest = max(map(len, ids), default=1)
     size = max(1, 4 * policy.config.micro_batch_tokens // longest)  # no gradients: four times
     for i in range(0, len(nodes), size):

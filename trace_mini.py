@@ -116,6 +116,9 @@ class Config:
         self.evaluations = parse_evaluations(self.eval_questions)
         if self.prefix_rule == "none":
             self.num_continuations = 0
+        if self.bare_group > CAP:
+            raise UsageError(f"--group-size: at most {CAP} bare rollouts per prompt, got "
+                             f"{self.bare_group}")
         if self.eval_data and (self.data == "toy" or self.scores_others):
             raise UsageError("--eval-data goes with training on a --data file")
 

@@ -60,6 +60,16 @@ class Node:
         return max(0, self.num_sampled - 1)
 
     @property
+    def started(self):
+        """The first turns of the rollouts that began here: bare ones at a root, else
+        continuations. (A rollout that came from above keeps its number.)"""
+        found = []
+        for child in self.children:
+            if not self.depth or child.sample != self.sample:
+                found.append(child)
+        return found
+
+    @property
     def is_leaf(self):
         """Is this the end of an episode? A root without rollouts is not."""
         return self.depth > 0 and (self.state.done or self.overflowed)
@@ -155,12 +165,8 @@ def fresh_targets(root):
     reward = {leaf.sample: leaf.reward for leaf in leaves(root)}
     targets = {}
     for y in nodes(root):
-        started = []
-        for child in y.children:
-            if y is root or child.sample != y.sample:
-                started.append(reward[child.sample])
-        started = started or [reward[y.sample]]
-        targets[y] = sum(started) / len(started), len(started)
+        outcomes = [reward[child.sample] for child in y.started] or [reward[y.sample]]
+        targets[y] = sum(outcomes) / len(outcomes), len(outcomes)
     return targets
 
 
@@ -189,7 +195,7 @@ def treepo(root):
     credit, tokens = {}, []
     for y in nodes(root)[1:]:
         steps = [y.value - a.value for a in path(y)[:-1] if a.num_leaves > 1]
-        credit[y] = sum(steps) / len(steps) if steps else 0.0
+        credit[y] = sum(steps) / len(steps)
         tokens.append(y.num_sampled)
     tokens, values = np.array(tokens, float), np.array(list(credit.values()))
     mean = (tokens * values).sum() / tokens.sum()

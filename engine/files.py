@@ -43,9 +43,10 @@ def fingerprint(content):
 
 
 def fingerprint_of_files(where, *patterns):
-    """Of one file, or of all in a folder with such names: a second per gigabyte."""
+    """Of one file, or of all in a folder with such names: a second per gigabyte. A name that is
+    neither, as that of a hub's model, holds no files."""
     files, digests = [where], []
-    if os.path.isdir(where):
+    if not os.path.isfile(where):
         files = chain(*[sorted(Path(where).glob(pattern)) for pattern in patterns])
     for file in files:
         with open(file, "rb") as stream:

@@ -1,4 +1,4 @@
-"""A model by name: files, weights in 4 bits with LoRA adapters, tokenizer, prompt."""
+"""A model by name: files, weights in 4 bits with LoRA adapters, tokenizer."""
 import logging
 import os
 import sys

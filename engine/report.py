@@ -33,9 +33,8 @@ def tree_row(policy, root):
 def turn_row(policy, node, above):
     """One turn: `above` is the place of its parent, `started` how many rollouts began here (m at
     the root, k elsewhere), `logprob` that of all that was sampled."""
-    started = [child for child in node.children if not node.depth or child.sample != node.sample]
     row = {"value": rounded(node.value), "predicted": rounded(node.predicted),
-           "leaves": node.num_leaves, "started": len(started)}
+           "leaves": node.num_leaves, "started": len(node.started)}
     if above is None:
         return row
     thought, action = split_completion(policy.wrote(node))

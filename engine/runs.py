@@ -97,6 +97,8 @@ class Journal:
             stream.truncate(length)
             stream.seek(length)
             self.streams[name] = stream
+            if name != "trees":
+                check_lines(Path(stream.name))
 
     def write(self, name, row):
         """A number that is not finite becomes null: JSON knows no NaN."""
@@ -113,6 +115,15 @@ class Journal:
         for stream in self.streams.values():
             os.fsync(stream.fileno())
         return {name: stream.tell() for name, stream in self.streams.items()}
+
+
+def check_lines(file):
+    """UsageError where a line is not whole: after the next steps no report could be written."""
+    try:
+        read_lines(file)
+    except ValueError:
+        raise UsageError(f"{file}: a line is damaged, changed by hand; bring it back, or start "
+                         "again in another folder") from None
 
 
 def checkpoint_file(folder, step):
@@ -148,7 +159,8 @@ def load_checkpoint(folder):
     dials are not those of config.json."""
     files = checkpoint_files(folder)
     if not files:
-        raise UsageError(f"{folder}: no checkpoint there, nothing to go on with")
+        raise UsageError(f"{folder}: no checkpoint there, nothing to go on with; start again in "
+                         "another folder")
     then = "there is none before it, so start again in another folder"
     if len(files) > 1:
         then = f"delete it to go on from {files[-2].name}"

@@ -11,6 +11,7 @@ from engine.processes import team
 from tree import has_contrast, leaves, nodes, path, path_ids
 
 SHOW_EVERY = 10  # steps
+LAPS = "sample", "predict", "allocate", "update"  # of a step: their seconds are its time
 DIM, ALARM = "\033[2m", "\033[1;31m"  # what a terminal understands
 
 
@@ -81,7 +82,7 @@ def describe_scores(row):
 
 def describe_step(row):
     """A training step in two lines of 80 columns: what happened, and what it cost."""
-    seconds = [row[f"time_{name}_s"] for name in ("sample", "predict", "allocate", "update")]
+    seconds = [row[f"time_{name}_s"] for name in LAPS]
     happened = (f"step {row['step']:3d} | reward {row['reward_mean']:.2f} | Effective Ratio "
                 f"{row['effective_ratio']:.2f} (bare {row['bare_effective_ratio']:.2f}, predicted "
                 f"{row['predicted_effective_ratio']:.2f})")
@@ -96,8 +97,8 @@ def describe_step(row):
 
 
 def show(policy, trees, step, with_tree):
-    """Of the first of every SHOW_EVERY steps print an episode, and a tree with contrast if asked
-    for and if there is one."""
+    """Of the first of every SHOW_EVERY steps print an episode, and, if asked for, a tree: the first
+    one with contrast if there is one."""
     if step % SHOW_EVERY != 1:
         return
     say(transcript(policy, path(leaves(trees[0])[0])))

@@ -31,6 +31,7 @@ from engine.command_line import Parser, run_main
 from engine.errors import UsageError
 from engine.files import fingerprint, fingerprint_of_files, model_folder, read_lines
 from engine.runs import checkpoint_files
+from engine.tell import LAPS
 from lab.pictures import draw_arms, draw_differences
 from lab.tables import (by_run, contrasted, differences, finished, read_rows, report,
                         write_rows)
@@ -49,7 +50,6 @@ TRANSFERS = {"wiki": "--wiki-seed 2",  # questions that a trained policy is aske
              "hops": "--hop-mix 0,0,0,0,50,50"}
 SETTINGS = {"second": "--model tiny2 --wiki-seed 1",  # another wiki and warm start
             "hard": "--hop-mix 10,15,25,50"}
-LAPS = "sample", "predict", "allocate", "update"  # whose seconds are a run's minutes
 # Dials that do not say what is run; the choices of a method are dials of their own
 HOW = {"method", "seed", "out", "resume", "show_tree", "save_trees", "checkpoint_every",
        "cache_tokens", "micro_batch_tokens"}
@@ -220,7 +220,7 @@ def collect(run, jobs):
         for name in ("step", "sampled_tokens", "em_first", "num_questions"):
             row[name] = result[name]
         for name in ("leaves", "loss_tokens"):
-            row[name] = sum(step[name] or 0 for step in done)
+            row[name] = sum(step[name] for step in done)
         for name in ("effective_ratio", "mixed_of_8", "leaves_per_prompt", "coverage"):
             if new:
                 row[name] = np.mean([step[name] for step in new])
@@ -252,12 +252,13 @@ def all_differences(folder, draw):
     contrasts = (folder / "contrasts.txt").read_text()
     rows = []
     for file in sorted(folder.glob("*.csv")):
-        rows += [row for row in read_rows(file) if "arm" in row]
+        rows += read_rows(file)
+    done = by_run(rows)
     if draw:
         gains = {words: 100 * np.array(ends[0]) for words, _, ends, _ in
-                 contrasted(by_run(rows), contrasts.partition("\n\n")[0]) if len(ends) == 1}
+                 contrasted(done, contrasts.partition("\n\n")[0]) if len(ends) == 1}
         draw_differences(gains).write(folder / "differences.png")
-    return differences(by_run(rows), contrasts)
+    return differences(done, contrasts)
 
 
 def run_missing(runs, file, jobs):
@@ -289,7 +290,7 @@ def parse(arguments):
     flag("--draw", action="store_true", help="with --differences: draw the first of them, too")
     flag("--dev", action="store_true", help="development seeds and wiki; rows stay in runs/")
     flag("--flags", default="", help="of trace_mini.py for all arms, as one argument "
-         "(--flags='--steps 9'); rows stay in runs/ too")
+         "(--flags='--steps 9'); rows stay in runs/ too, and go when other flags are tried")
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {args.jobs}")

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
 from engine.files import read_lines, write_json
+from engine.tell import LAPS
 from lab.alternatives import (
     by_path,
     by_tree,
@@ -51,7 +52,6 @@ from tree import Node, nodes, path_ids, prefixes, sampled_tokens
 POOL = 32               # prompts
 CARDS = (24, 12, 8, 6)  # GiB
 BUDGETS = (8000, 32000)  # tokens per step, on several processes
-LAPS = ("predict", "allocate", "sample", "update")
 TAKEN = 0.6             # GiB of a card that CUDA itself and a desktop take, about
 NUM_WORDS = 151_936     # of Qwen2.5
 SHAPES = {  # width, width of the MLP, layers, heads, key-value heads, are words tied?

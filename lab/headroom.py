@@ -18,7 +18,7 @@ from math import comb
 import numpy as np
 from tqdm import tqdm
 
-from allocator import allocate_roots, expand_prefixes
+from allocator import CAP, allocate_roots, expand_prefixes
 from engine.command_line import Parser, run_main
 from engine.errors import UsageError
 from engine.files import write_json
@@ -150,8 +150,8 @@ def main(arguments=None):
     args, others = parser.parse_known_args(arguments)
 
     def work():
-        if args.questions < 2 or args.rollouts < 2 * GROUP * 2:
-            raise UsageError(f"--questions must be at least 2, --rollouts {4 * GROUP}")
+        if args.questions < 2 or args.rollouts < 2 * CAP:  # one half must hold the largest group
+            raise UsageError(f"--questions must be at least 2, --rollouts {2 * CAP}")
         found = measure(parse_config(others), args.questions, args.rollouts)
         print(*describe(found), sep="\n")
         if args.json:

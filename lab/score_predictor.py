@@ -33,6 +33,7 @@ from engine.errors import UsageError
 from engine.files import read_lines
 from engine.runs import check_inputs, inputs_of, load_checkpoint
 from lab.baselines import BASELINES
+from lab.headroom import BARE, PER_BARE
 from lab.tables import write_rows
 from policy import load_policy
 from predictor import (PREDICTORS, ProbePredictor, auroc, brier, features, monte_carlo_value,
@@ -44,9 +45,7 @@ from world.questions import load_data
 
 HALF = 16      # continuations of an anchor that are the truth, and as many for "truth"
 BATCH = 8      # anchors whose continuations are sampled between two moves of the bar
-BARE = 3       # bare rollouts per prompt whose prefixes are scored, near what stage 1 deals
 PER_ROOT = 2   # rollouts per candidate prompt in J, near what the default budget buys
-PER_BARE = 2   # continuations per bare rollout in J, the default
 SHUFFLES = 8   # J is a mean over random orders of the anchors: a constant has only ties
 FEWEST = 5     # anchors of a bin that is drawn: the mean truth of fewer is noise
 MORE_LABELS = 10  # times as many prompts teach the ceiling

@@ -15,6 +15,7 @@ from itertools import chain
 
 import numpy as np
 
+from engine.errors import UsageError
 from engine.files import write_aside
 from lab.stats import interval, mean_and_band, sign_flip, summary
 
@@ -49,10 +50,11 @@ def write_rows(file, rows):
 
 
 def by_run(rows):
-    """-> `done`, of all that stands in these rows."""
+    """-> `done`, of all that stands in these rows; those of other tables have no arm."""
     done = {}
     for row in rows:
-        done.setdefault((row["arm"], row["seed"]), []).append(row)
+        if "arm" in row:
+            done.setdefault((row["arm"], row["seed"]), []).append(row)
     return done
 
 
@@ -185,6 +187,8 @@ def contrasted(done, contrasts):
     over the seeds that all arms share. They are lists of one group, or of a group per setting where
     ; stands between the formulas of several."""
     for line in filter(None, contrasts.split("\n")):
+        if line.count(" | ") != 3:
+            raise UsageError(f"contrasts.txt: not seeds | column | formula | words: {line}")
         most, name, formulas, words = line.split(" | ")
         ends, areas = [], []
         for formula in formulas.split(" ; "):

@@ -9,6 +9,7 @@ trace_mini.py, but a step makes as many rollouts as surely fit into its rows, wh
 --budget. TRL's first step has a learning rate of 0. Needs `pip install trl`.
 """
 import sys
+from importlib.util import find_spec
 from itertools import chain
 
 from engine.command_line import Parser, run_main
@@ -104,6 +105,8 @@ def main(arguments=None):
 
     def work():
         config = parse_config(others)
+        if not find_spec("trl"):
+            raise UsageError("TRL is not installed: pip install trl")
         Rows(args.rows, config.num_continuations).num_bare()  # before anything is loaded
         other = config.resume or config.eval_only or config.cold_start or team().count > 1
         if other or args.rows % 8:

@@ -15,6 +15,7 @@ import pytest
 from conftest import assert_refused, metrics
 
 from engine.command_line import dial
+from engine.errors import UsageError
 from lab import ablate
 from lab.ablate import HOW, PRESETS, Run, made_with, main, plan, run_all
 from lab.pictures import draw_differences
@@ -67,7 +68,7 @@ def test_hash_knows_dials_weights_and_world_and_nothing_else(tmp_path):
     with open(tmp_path / "model" / "model.safetensors", "ab") as stream:
         stream.write(b" ")
     ablate.weights_and_world.cache_clear()
-    assert len({*hashes, made_with(copy)}) == 6
+    assert len({*hashes, made_with(copy), made_with(Config(model="some/model"))}) == 7
 
 
 def test_a_new_dial_that_is_off_leaves_hashes_whole():
@@ -177,6 +178,8 @@ def test_differences_by_hand(done):
 9 | eval_em | 1 trace -1 grpo ; 1 trace@2 -1 grpo@2 | d
 
 9 | eval_em | 1 treepo -1 grpo | e""").split("\n")[2:]
+    with pytest.raises(UsageError, match="not seeds"):
+        differences(done, "9 | eval_em")
     assert lines[0] == "| a | 3 | +4.0 ± 5.0 | 0.250 | +2.0 ± 2.5 |"
     assert lines[1] == "| b | 2 | +4.0 ± 25.4 | – | – |"
     assert lines[2].startswith("| c | 2 | -45.5 ± 19.1 |")  # t = 12.706
@@ -246,7 +249,9 @@ def test_finished_rows_are_not_run_again_and_stale_ones_left_out(folders, monkey
 
 @pytest.mark.parametrize("arguments, word", [
     (["--arms", "grpo,ppo"], "ppo"), (["--flags=--budjet 3"], "budjet"),
-    (["--rows", "/nowhere.csv"], "no rows there"), (["--draw"], "--differences")])
+    (["--rows", "/nowhere.csv"], "no rows there"),
+    (["--rows", str(HERE / "results" / "predictor.csv")], "no rows there"),
+    (["--draw"], "--differences")])
 def test_bad_input_is_one_line_and_exit_code_2(folders, capsys, arguments, word):
     assert_refused(main, arguments, word, capsys)
     assert not (folders / "runs").exists()

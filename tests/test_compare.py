@@ -6,7 +6,7 @@ import pytest
 from conftest import assert_refused
 
 import lab.compare
-from lab.ablate import LAPS
+from engine.tell import LAPS
 from lab.compare import arms_of, main, spread
 from trace_mini import Config, parse_config
 

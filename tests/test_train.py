@@ -234,7 +234,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, finished):
               "supporting_facts": []}
     (tmp_path / "ids.json").write_text(json.dumps([record, record]))
     cases = [("--stepz=3", "did you mean --steps?"), ("--method=trase", "did you mean trace?"),
-             ("--budget=0", "budget"), ("--turn-tokens=5000", "turn-tokens"),
+             ("--group-size=60", "at most 16 bare rollouts"), ("--budget=0", "budget"),
+             ("--turn-tokens=5000", "turn-tokens"),
              ("--eval-data=x.json", "eval-data"), ("--eval-questions=50:5,100:5", "eval-questions"),
              ("--eval-questions=0:5,nan:5", "as in 0:500"), ("--eval-questions=0", "a number"),
              (f"--data={tmp_path}/none.json", "none.json"),

@@ -118,6 +118,9 @@ def test_a_checkpoint_of_another_run_or_model_is_refused(copy, capsys):
 
 
 def test_what_a_run_lost_is_not_hidden(copy, capsys):
+    whole = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(whole.replace('"step"', '"step', 1) + " ")
+    assert_refused(main, [f"--resume={copy}", "--steps=5"], "a line is damaged", capsys)
     (copy / "metrics.jsonl").write_text("")
     assert_refused(main, [f"--resume={copy}", "--steps=5"], "metrics.jsonl: shorter", capsys)
     shutil.rmtree(copy / "checkpoint")

@@ -11,11 +11,10 @@ from engine.errors import NotFinite, UsageError
 from engine.files import write_json
 from engine.processes import team
 from engine.tell import progress_bar, say
-from react_env import split_completion
 from rollout import Rollout, end_turn
 from tree import nodes
 from world.questions import MAX_TURNS
-from world.oracle import never, oracle, practice, run_agent
+from world.oracle import oracle, practice, run_agent
 
 FIRST_WIKI = 2_000_000  # their seeds; those of the warm start begin at 1,000,000
 PER_UPDATE = 4          # demonstrations
@@ -26,10 +25,9 @@ def demonstration(policy, env, question):
     """The oracle's episode as a tree of one path; -> its root."""
     root = policy.root(question, env)
     rollout = Rollout(root, root, 0, 0)
-    for text, _ in run_agent(env, question, oracle(question, never))[1]:
+    for text, state in run_agent(env, question, oracle(question)):
         if not rollout.node.is_leaf:  # there is room
             rollout.ids = policy.encode(text)
-            state = env.step(rollout.node.state, split_completion(text)[1])
             end_turn(policy, rollout, text, state)
     return root
 

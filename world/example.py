@@ -78,16 +78,6 @@ def wrote(node):
     return bytes([*node.ids[:node.num_sampled]]).decode()
 
 
-def check(given, want):
-    """Say how an exercise stands: None, also within a list, is not solved yet."""
-    if np.any(np.equal(given, None)):
-        print("not solved yet")
-    elif np.shape(given) == np.shape(want) and np.allclose(given, want, 1e-4):
-        print("solved")
-    else:
-        print(f"not yet: got {given}")
-
-
 if __name__ == "__main__":
     print(tree_text(example_tree(), wrote))
     draw_tree(example_tree(), wrote, "Two bare rollouts, then four continuations",

@@ -119,14 +119,14 @@ def practice(first_seed, max_turns, **options):
 
 
 def run_agent(env, question, agent):
-    """Play one episode -> (final Episode, [(text, observation) of every turn])."""
+    """Play one episode -> [(text, Episode after it) of every turn]."""
     episode, text = env.reset(question), next(agent)
     turns = []
     while True:
         episode = env.step(episode, text.partition("Action: ")[2])
-        turns.append((text, episode.observation))
+        turns.append((text, episode))
         if episode.done:
-            return episode, turns
+            return turns
         text = agent.send(episode.observation)
 
 
@@ -141,12 +141,12 @@ def main():
     questions = make_questions(world, options.num or 8)
     num_solved = 0
     for question in questions:
-        episode, turns = run_agent(env, question, oracle(question))
-        num_solved += episode.reward
+        turns = run_agent(env, question, oracle(question))
+        num_solved += turns[-1][1].reward
         if not options.num:
             print(f"\nQuestion ({question.kind}, {question.num_hops} hops): {question.text}")
-            for text, observation in turns:
-                print(f"Thought:{text}\nObservation: {observation}")
+            for text, episode in turns:
+                print(f"Thought:{text}\nObservation: {episode.observation}")
     print(f"oracle: {num_solved:.0f} of {len(questions)} solved")
 
 

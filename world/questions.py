@@ -74,7 +74,7 @@ def load_data(config):
         return Data(env, [], env, questions, len(questions), notice)
     held_out, eval_env = [q for q in questions if is_held_out(q)], env
     if config.eval_data:
-        held_out, eval_env, more = load_file(config.eval_data, everything)
+        held_out, eval_env, more = load_file(config.eval_data, False)
         notice += more
     known = {question.id for question in held_out}
     questions = [question for question in questions if question.id not in known]

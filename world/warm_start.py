@@ -2,7 +2,7 @@
 
 `python -m world.warm_start` rebuilds `tiny/` from a seed, in three stages:
 
-1. a byte-level BPE tokenizer from generated articles and demonstrations;
+1. a byte-level BPE tokenizer from demonstrations;
 2. clean demonstrations on many small wikis: the skills (read, copy, look up);
 3. flawed demonstrations: *systematic* faults, so that greedy decoding is wrong in ways that
    reinforcement learning can repair. No stage sees a chain of four hops.
@@ -79,8 +79,8 @@ def demonstrations(seed, slip, most_hops=3):
     for env, question in practice(FIRST_WIKI + 1000 * seed, MAX_TURNS,
                                   hop_weights=HOP_WEIGHTS[:most_hops]):
         pieces = [(prompt_text(question), False)]
-        for text, observation in run_agent(env, question, oracle(question, slip))[1]:
-            pieces += [(text, True), (observation_text(observation), False)]
+        for text, episode in run_agent(env, question, oracle(question, slip)):
+            pieces += [(text, True), (observation_text(episode.observation), False)]
         yield pieces[:-1]  # nothing follows Finish
 
 
@@ -235,6 +235,8 @@ def build_tiny(seed=0):
     NF4 grid in half precision: loaded in 4 bits or in 16, they are the same."""
     if not hasattr(torch.optim, "Muon"):
         raise UsageError(f"this needs torch 2.9 or newer, for Muon, not {torch.__version__}")
+    if bnb is None:
+        raise UsageError("this needs bitsandbytes, for NF4")
     torch.manual_seed(seed)
     first = 4 * seed  # seed of the demonstrations
     tokenizer, model = make_tokenizer(seed), make_model(seed)
