@@ -48,7 +48,7 @@ def draw_differences(gains, limit=16):
             mean, half = interval(points)
             axes.errorbar(mean, y - 0.15, xerr=half, capsize=4, fmt="ko")
     axes.axvline(0, color="black", lw=1)
-    axes.set(xlabel="points of exact match: every seed a dot, mean, 95 % interval",
+    axes.set(xlabel="difference in points of exact match",
              xlim=(-1.05 * limit, 1.05 * limit), ylim=(len(gains) - 0.5, -0.5))
     axes.set_yticks(range(len(gains)), gains)
     return figure
