@@ -1,9 +1,9 @@
 """The shared success predictor Ṽ: one small model for the roots and prefixes of all prompts.
 
 It reads what the policy computed anyway, hidden states at the prompt and at the anchor, and a few
-plain numbers; it learns online from the recursive targets V̂ of
-the steps' trees. It serves the allocator only and never enters the policy gradient. Nothing it
-sees is privileged: no answer, no gold title, no hop count, no kind of question.
+plain numbers. It learns online from the recursive targets V̂ of the steps' trees. It serves the
+allocator only and never enters the policy gradient. Nothing it sees is privileged: no answer, no
+gold title, no hop count, no kind of question.
 
 A predictor has `predict(features) -> probabilities [n]`, `update(features, targets, weights) ->
 loss`, and what `Predictor` has. `PREDICTORS` holds them by name.

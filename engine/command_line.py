@@ -143,11 +143,13 @@ def parse_dials(config_class, description, arguments=None):
         return config_class(**vars(given))
     if given.out == saved.out:
         given.out = ""  # it goes on where it is
-    for name, value in {**own_dials(saved), "out": ""}.items():
+    own = {**own_dials(saved), "out": ""}
+    for name, value in own.items():
         if getattr(given, name) != value:
+            free = map(flag_of, vars(given).keys() - own.keys() - {"resume"})
             raise UsageError(f"--resume {given.resume}: that run has {name} {value}, not "
-                             f"{getattr(given, name)}; only --steps and what moves no number "
-                             "may change; with --eval-only the questions, and --out")
+                             f"{getattr(given, name)}; only {', '.join(sorted(free))} may change, "
+                             "and with --eval-only the questions")
     return config_class(**vars(given))
 
 

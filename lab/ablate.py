@@ -290,7 +290,7 @@ def parse(arguments):
     flag("--draw", action="store_true", help="with --differences: draw the first of them, too")
     flag("--dev", action="store_true", help="development seeds and wiki; rows stay in runs/")
     flag("--flags", default="", help="of trace_mini.py for all arms, as one argument "
-         "(--flags='--steps 9'); rows stay in runs/ too, and go when other flags are tried")
+         "(--flags='--steps 9'); rows stay in runs/ too, in the place of those of other flags")
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {args.jobs}")

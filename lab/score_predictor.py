@@ -6,7 +6,7 @@ of the anchors are roots (fewer where fewer questions are held out), the others 
 new bare rollouts. Fresh continuations of every anchor tell what is true. They come in two
 halves: one half is the truth, and the other half is scored as the predictor "truth". Nothing
 can be scored better than that, but for noise. But a question does not tell which facts are hidden,
-so the truth is out of reach. The predictor "ceiling" says what can be known: the probe, taught by
+so the truth is out of reach. The predictor "ceiling" says how far the probe could get: taught by
 rollouts of the policy as it is, from ten times as many prompts as the run has seen, or from all.
 
 brier   mean squared error over leaves, 0 to 1, lower is better (predictor.py)

@@ -254,6 +254,9 @@ def test_resume_refuses_what_would_make_another_run(finished, capsys):
                  "--eval-only --data x.json", "--eval-only --wiki-seed 5",
                  "--eval-only --out x", "--out x"):
         assert_refused(main, [*run, *line.split()], "--resume", capsys)
+    assert_refused(main, [*run, "--context=99"], "only --cache-tokens, --checkpoint-every, "
+                   "--eval-only, --micro-batch-tokens, --save-trees, --show-tree, --steps may",
+                   capsys)
     more = f"--steps 9 --budget 300 --method trace --cache-tokens 999 --out {finished}"
     config = parse_config([*run, *more.split()])
     assert (config.steps, config.budget, config.cache_tokens) == (9, 300, 999)
