@@ -145,18 +145,19 @@ def check_vocabulary(tokenizer, num_rows, end_ids):
 def steady_context(policy, context):
     """The context, halved until a far position leaves the logits at near ones as they are. Some
     encodings of positions (longrope) are others in a long pass: a path would depend on how long
-    its neighbours are."""
+    its neighbours are. As many tokens in both passes: bitsandbytes takes other kernels on a GPU
+    from 33 tokens on, which round otherwise."""
     near = range(min(32, context // 2))
 
-    def logits(*places):
-        places = torch.tensor([places], device=policy.device)
+    def logits(last):
+        places = torch.tensor([[*near, last]], device=policy.device)
         return policy.logits(policy.body(input_ids=places % policy.num_words, position_ids=places,
                                          use_cache=False).last_hidden_state[0, :len(near)]).float()
 
     with policy.sampling():
-        alone = logits(*near)
+        alone = logits(len(near))
         most = (1e-4 if policy.head.weight.dtype == torch.float32 else 0.05) * alone.std()
-        while context > 8 and (logits(*near, context - 1) - alone).square().mean().sqrt() > most:
+        while context > 8 and (logits(context - 1) - alone).square().mean().sqrt() > most:
             context //= 2
     return context
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from engine.errors import UsageError
+from engine.loading import steady_context
 from engine.runs import check_inputs
 from policy import load_policy
 from react_env import Question, ReActEnv, Wiki, parse_action, split_completion
@@ -56,6 +57,21 @@ def test_a_context_ends_where_the_encoding_of_positions_changes(tmp_path):
     policy = of_model(tmp_path / "yarn", rope_parameters=yarn, max_position_embeddings=512)
     assert policy.context == 512 and "positions" not in policy.notice
     assert load_policy(Config(context=41, turn_tokens=8)).context == 41
+
+
+def test_more_tokens_may_be_rounded_otherwise(monkeypatch):
+    """On a GPU: bitsandbytes has a kernel for up to 32 tokens and another above. The context of a
+    real model was halved down to 6."""
+    policy = load_policy(Config())
+    body = policy.body
+
+    def rounded(input_ids, **kwargs):
+        output = body(input_ids=input_ids, **kwargs)
+        if input_ids.numel() > 32:
+            output.last_hidden_state.mul_(1.5)
+        return output
+    monkeypatch.setattr(policy, "body", rounded)
+    assert steady_context(policy, policy.context) == policy.context
 
 
 @pytest.mark.parametrize("kind, why", [
