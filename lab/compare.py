@@ -20,7 +20,7 @@ from lab.stats import interval
 from lab.tables import by_run, end, read_rows, shared, sums, table
 from trace_mini import read_config
 
-RECORDED = RESULTS / "protocol-1" / "main.csv"  # many seeds: how far the ends of one arm lie apart
+RECORDED = RESULTS / "main.csv"  # many seeds: how far the ends of one arm lie apart
 ASKS = {"--data", "--eval-data", "--wiki-seed", "--hop-mix", "--eval-questions"}  # what is asked
 
 
@@ -68,8 +68,9 @@ def read_runs(folders):
 
 # ---------------------------------------------------------------- in words
 def spread():
-    """(standard deviation over seeds of one arm's end, number of seeds), of the recorded grpo."""
-    ends = sums(shared(by_run(read_rows(RECORDED)), "grpo"), [1], end)
+    """(standard deviation over seeds of one arm's last evaluation, number of seeds), of the
+    recorded grpo."""
+    ends = [rows[-1]["eval_em"] for [rows] in shared(by_run(read_rows(RECORDED)), "grpo")]
     return np.std(ends, ddof=1), len(ends)
 
 

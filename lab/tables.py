@@ -206,7 +206,8 @@ def differences(done, contrasts):
     for words, name, ends, areas in contrasted(done, contrasts):
         later = "– | –"
         if name == "eval_em":  # the endpoints
-            p = f"{sign_flip(ends):.3f}" if min(map(len, ends)) > 1 else "–"
+            p = sign_flip(ends) if min(map(len, ends)) > 1 else np.nan
+            p = "–" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
             later = f"{p} | {points(areas)}"
         lines.append(f"| {words} | {sum(map(len, ends))} | {points(ends)} | {later} |")
     return "\n".join(lines)

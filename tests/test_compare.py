@@ -46,7 +46,7 @@ def test_an_arm_is_what_differs_but_for_the_seed():
 
 def test_one_seed_is_said_to_prove_nothing_and_many_to_prove_something(made, capsys):
     std, num = spread()
-    assert 0.01 < std < 0.05 and num == 10
+    assert 0.01 < std < 0.05 and num >= 10
     one = made("a", "--method grpo", 0.60), made("b", "", 0.64)
     assert main(one) == 0 and (lab.compare.HERE / "runs" / "compare.png").stat().st_size > 9000
     said = capsys.readouterr().out

@@ -69,14 +69,24 @@ def test_the_reading_times_are_those_of_the_files():
 
 # ---------------------------------------------------------------- numbers
 def headline():
-    """Lines of the README's small table, out of the large one of the evidence."""
-    name = "<!-- lab.ablate --rows results/protocol-1/main.csv -->"
-    large = EVIDENCE.split(name)[1].split("\n\n")[1]
-    cells = {line.split(" | ")[0]: line.split(" | ") for line in large.split("\n")}
-    for arm, where in (("", ""), ("@2", "@2, ")):
-        grpo, trace = cells[f"| grpo{arm}"], cells[f"| trace{arm}"]
-        for i, what in ((2, "at the end"), (3, "mean over the run")):
-            yield f"| {where}{what} | {grpo[i]} | {trace[i]} | {trace[i + 2]} |"
+    """Lines of the README's small table, out of the large ones of the evidence."""
+    large = EVIDENCE.split("## The first protocol")[0]
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in large.split("\n") if " ± " in line}
+    for setting, at in (("first", ""), ("second", "@second"), ("hard", "@hard")):
+        faithful, chosen = (cells[f"| {arm} − grpo, {setting} setting"]
+                            for arm in ("trace", "trace-probe"))
+        yield f"| {setting} | {cells[f'| grpo{at}'][2]} | {faithful[2]} | {chosen[2]} |"
+    yield f"| together | | | {cells['| trace-probe − grpo, three settings together'][2]} |"
+
+
+def headroom():
+    """Lines of the table of headroom, from results/headroom-NAME.json."""
+    for name in ("first", "second", "hard"):
+        found = json.loads((HERE / "results" / f"headroom-{name}.json").read_text())
+        stage_1 = " / ".join(f"{found[f'roots_{number}']:.2f}" for number in (2, 4, 8))
+        yield (f"| {name} | {100 * found['dead']:.0f} % | {100 * found['mastered']:.0f} % | "
+               f"{found['mixed_of_8']:.2f} | {stage_1} | {found['prefix_flips']:.2f} | "
+               f"{found['minutes']:.0f} |")
 
 
 def speed():
@@ -116,8 +126,9 @@ def course():
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("lines, page", [(headline, README), (speed, EVIDENCE),
-                                         (predictors, EVIDENCE), (course, EVIDENCE)])
+@pytest.mark.parametrize("lines, page", [(headline, README), (headroom, EVIDENCE),
+                                         (speed, EVIDENCE), (predictors, EVIDENCE),
+                                         (course, EVIDENCE)])
 def test_every_measured_number_is_that_of_its_file(lines, page):
     table = "\n".join(lines())
     assert table and f"---|\n{table}\n" in page, table
