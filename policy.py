@@ -14,7 +14,7 @@ from engine.errors import UsageError, first_line
 from engine.files import fingerprint_of_files, model_folder
 from engine.loading import (FILES, adapter_weights, check_logits, check_vocabulary,
                             import_bitsandbytes, load_model, set_adapter, steady_context)
-from engine.memory import adapted_layers, best_device, plan_memory
+from engine.memory import adapted_layers, best_device, halving, plan_memory
 from engine.processes import team
 from engine.sampling import sampling_mode
 from engine.text import Codec
@@ -54,6 +54,7 @@ class Policy:
         sizes = EMBEDDED_SIZES if embedded else OTHER_SIZES
         self.turn_tokens = config.turn_tokens or sizes.turn_tokens
         self.observation_tokens = sizes.observation_tokens
+        self.micro_batch_tokens = config.micro_batch_tokens
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         rate = config.learning_rate
         self.learning_rate = sizes.learning_rate if rate is None else rate
@@ -188,15 +189,21 @@ class Policy:
         self.model.train()
         if self.preamble:
             self.preamble.cache = None  # of the weights that change here
-        self.optimizer.zero_grad()
-        loss_sum, own = 0.0, {node: value for node, value in weight.items() if team().owns(node)}
-        for nodes, scored in self.micro_batches(own):
-            advantage = np.repeat([weight[node] for node in scored],
-                                  [node.num_sampled for node in scored])
-            advantage = torch.tensor(advantage, dtype=torch.float32, device=self.device)
-            loss = -(advantage * self.logprobs(nodes, scored)).sum() / loss_tokens
-            loss.backward()
-            loss_sum += loss.item()
+        own = {node: value for node, value in weight.items() if team().owns(node)}
+
+        def work():
+            self.optimizer.zero_grad()
+            loss_sum = 0.0
+            for nodes, scored in self.micro_batches(own):
+                advantage = np.repeat([weight[node] for node in scored],
+                                      [node.num_sampled for node in scored])
+                advantage = torch.tensor(advantage, dtype=torch.float32, device=self.device)
+                loss = -(advantage * self.logprobs(nodes, scored)).sum() / loss_tokens
+                loss.backward()
+                loss_sum += loss.item()
+            return loss_sum
+
+        loss_sum = halving(self, "micro_batch_tokens", work, self.optimizer.zero_grad)
         loss_sum = team().add_up(self.trained, loss_sum)
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM))
         finite = bool(np.isfinite(norm) and np.isfinite(loss_sum))
@@ -216,7 +223,7 @@ class Policy:
             if not node.num_sampled or not value:
                 continue  # it trains nothing
             new = sum(len(part.ids) for part in full_path(node) if part not in batch)
-            if scored and num_tokens + new > self.config.micro_batch_tokens:
+            if scored and num_tokens + new > self.micro_batch_tokens:
                 yield list(batch), scored
                 batch, scored, num_tokens, new = {}, [], 0, node.length
             batch.update(dict.fromkeys(full_path(node)))

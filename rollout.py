@@ -58,12 +58,12 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False, progres
         return rollouts
 
     def undo():
+        forget_caches(roots)  # before the new nodes are cut off, which then still hold each other
         for anchor, count in num_children.items():
             del anchor.children[count:]
-        forget_caches(roots)
 
     with policy.sampling():
-        rollouts = halving(policy, work, undo)
+        rollouts = halving(policy, "cache_tokens", work, undo)
     crew.exchange(roots, rollouts)
     for root in roots:
         if not keep or all(child.is_leaf for child in root.children):
@@ -250,7 +250,7 @@ def fill(policy, nodes):
         starts.append(above.length if above else 0)
         ids.append(path_ids(node)[starts[-1]:])
     longest = max(map(len, ids), default=1)
-    size = max(1, 4 * policy.config.micro_batch_tokens // longest)  # no gradients: four times
+    size = max(1, 4 * policy.micro_batch_tokens // longest)  # no gradients: four times
     for i in range(0, len(nodes), size):
         some = slice(i, i + size)
         remember(policy, RaggedCache.fork(known[some]), nodes[some], ids[some], starts[some],
@@ -281,5 +281,5 @@ def prefill(policy, roots):
                 forget_caches(some)
 
     with policy.sampling():
-        halving(policy, work, lambda: forget_caches(roots))
+        halving(policy, "cache_tokens", work, lambda: forget_caches(roots))
     team().exchange_states(roots)

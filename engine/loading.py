@@ -176,13 +176,13 @@ def check_logits(policy):
         root = Node(places[:-32], 0, None)
         left = Node(places[-32:-16], 16, None, root)
         right = Node(places[-16:], 16, None, root)
-        ids = torch.tensor(path_ids(right), device=policy.device)
+        ids = torch.tensor([*path_ids(right), *left.ids], device=policy.device)  # as many as ours
         with policy.sampling():
             ours = policy.logprobs([root, left, right], [right])
             base.set_attn_implementation("eager")
-            logits = policy.model(input_ids=ids[None]).logits[0, -17:-1, :policy.num_words]
+            logits = policy.model(input_ids=ids[None]).logits[0, -33:-17, :policy.num_words]
         base.set_attn_implementation("packed")
-        theirs = logits.float().log_softmax(-1).gather(-1, ids[-16:, None])[:, 0]
+        theirs = logits.float().log_softmax(-1).gather(-1, ids[-32:-16, None])[:, 0]
         most = (0.01 if logits.dtype == torch.float32 else 0.1) * logits.float().std()
         if not (ours - theirs).square().mean().sqrt() <= most:
             raise UsageError("not supported: its logits are not head(hidden state), or its "

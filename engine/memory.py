@@ -92,20 +92,20 @@ def free_bytes(device):
     return most - torch.cuda.memory_allocated(device)
 
 
-def halving(policy, work, undo):
-    """work(); out of GPU memory, undo() and again with half the cache. One episode that does not
-    fit is an error."""
+def halving(policy, room, work, undo):
+    """work(); out of GPU memory, undo() and again with half of the policy's `room`, the name of its
+    cache_tokens or micro_batch_tokens. One episode that does not fit is an error."""
     while True:
         try:
             return work()
         except torch.OutOfMemoryError:
-            if policy.cache_tokens <= policy.context:
+            if getattr(policy, room) <= policy.context:
                 raise
         # here, since the error held the frames, and they the tensors, of what did not fit
         undo()
         torch.cuda.empty_cache()
-        policy.cache_tokens = max(policy.context, policy.cache_tokens // 2)
-        warnings.warn("out of GPU memory: halving the cache of live episodes")
+        setattr(policy, room, max(policy.context, getattr(policy, room) // 2))
+        warnings.warn(f"out of GPU memory: halving {room}, now {getattr(policy, room):,}")
 
 
 @contextmanager

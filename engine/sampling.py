@@ -58,12 +58,13 @@ class RaggedCache(Cache):
         if not by_cache:
             return forked
         first = next(iter(by_cache))
+        copies = [(cache, *torch.tensor(pairs, device=first.keys[0].device).T)
+                  for cache, pairs in by_cache.items()]
         for name, layers in (("keys", first.keys), ("values", first.values)):
             for layer, like in enumerate(layers):
                 new = like.new_zeros(len(standing), like.shape[1], 0, like.shape[3])
                 new = widened(new, forked.width)
-                for cache, pairs in by_cache.items():
-                    into, rows = torch.tensor(pairs, device=like.device).T
+                for cache, into, rows in copies:
                     columns = min(forked.width, cache.width)
                     stored = getattr(cache, name)[layer]
                     new[into, :, :columns] = stored[rows, :, :columns]

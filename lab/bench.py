@@ -68,6 +68,7 @@ class Case(NamedTuple):
     repeats: int = 5
     live: tuple = (16, 64, 256)  # episodes that are sampled at once
     max_turns: int = 8
+    episode_tokens: float = 50.0  # about
     per_batch: int = 16  # of TRL: episodes per backward pass, and passes per step: about as many
     num_batches: int = 9  # sampled tokens as ours
 
@@ -90,7 +91,7 @@ def cases(model):
     else:
         found.append(Case("SmolLM2-135M", {
             "model": real, "turn_tokens": 32, "context": 1024, "budget": 1000,
-            "micro_batch_tokens": 2048}, 2, (16, 64), 2, 8, 1))
+            "micro_batch_tokens": 2048}, 2, (16, 64), 2, per_batch=8, num_batches=1))
     return found
 
 
@@ -169,7 +170,7 @@ def engine(case):
     anchors = [prefix.node for root in roots for prefix in prefixes(root)][:64]
     yield compare(case, "continue from prefixes, forked (other: prefilled again)", "tok/s", proceed,
                   True, False)
-    _, trees, metrics = two_steps(policy, data)
+    _, trees, metrics = two_steps(case, policy, data)
     yield update(case, "tree by tree", policy, trees, by_tree)
     yield update(case, "path by path", policy, trees, by_path)
     times = {key: value for key, value in metrics.items() if key.startswith("time_")}
@@ -188,9 +189,9 @@ def update(case, name, policy, trees, split):
 
 
 # ---------------------------------------------------------------- whole steps
-def two_steps(policy, data):
+def two_steps(case, policy, data):
     """-> (sampled tokens per second, trees and metrics of the second step)"""
-    state = State.begin(policy.config, data)
+    state = State.begin(policy.config, data, case.episode_tokens)
     predictor = PREDICTORS["head"](policy, data.env, 0)
     start = time.perf_counter()
     for _ in range(2):
@@ -199,12 +200,11 @@ def two_steps(policy, data):
 
 
 def our_steps(case, gib=0):
-    """-> (sampled tokens per second, peak in MB), in what a card of so many GiB leaves.
-    ValueError where that is more than all of the one here."""
+    """-> (sampled tokens per second, peak in MB), in what a card of so many GiB leaves."""
     if gib:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((gib - TAKEN) * 2 ** 30 / total)
-    return two_steps(*still_policy(case))[0], peak_megabytes()
+        torch.cuda.set_per_process_memory_fraction(leaves_bytes(gib) / total)
+    return two_steps(case, *still_policy(case))[0], peak_megabytes()
 
 
 def step(case):
@@ -241,18 +241,26 @@ def cards(case):
     for shape, sizes in SHAPES.items():
         with tempfile.TemporaryDirectory() as folder:
             make_model(folder, sizes)
-            for gib in CARDS:
-                name = f"a training step of Qwen2.5 {shape} in NF4 on {gib} GiB"
-                dials = case.dials | {"model": folder, "turn_tokens": 48}  # no turn is shorter
+            dials = case.dials | {"model": folder, "turn_tokens": 48}  # no turn is shorter
+            own = case._replace(name=shape, dials=dials, episode_tokens=48.0 * case.max_turns)
+            for gib in filter(is_here, CARDS):
+                name, speed = f"a training step of Qwen2.5 {shape} in NF4 on {gib} GiB", 0.0
                 try:
-                    speed, _ = alone(our_steps, case._replace(dials=dials), gib)
+                    speed, _ = alone(our_steps, own, gib)
                 except (torch.OutOfMemoryError, UsageError) as error:
                     if "memory" not in str(error):
                         raise
-                    name, speed = f"{name}: does not fit", 0.0
-                except ValueError:  # the card here is smaller
-                    continue
+                    name += ": does not fit"
                 yield row_of(name, "tok/s", [[speed]])
+
+
+def is_here(gib):
+    """Has the card here as much as one of so many GiB leaves?"""
+    return not gib or leaves_bytes(gib) <= torch.cuda.get_device_properties(0).total_memory
+
+
+def leaves_bytes(gib):
+    return (gib - TAKEN) * 2 ** 30
 
 
 # ---------------------------------------------------------------- several processes

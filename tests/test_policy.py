@@ -172,7 +172,7 @@ def test_update_is_the_gradient_of_the_stated_loss(policy, trees, rule, tokens, 
         for node, advantage in credit.items():
             loss -= advantage * policy.logprobs(path(node), [node]).sum() / total
     want, seen = slope(policy, loss), []
-    monkeypatch.setattr(policy.config, "micro_batch_tokens", tokens)
+    monkeypatch.setattr(policy, "micro_batch_tokens", tokens)
     monkeypatch.setattr("policy.LOGIT_CHUNK", logits)
     monkeypatch.setattr("policy.MAX_GRAD_NORM", want.norm().item() / 2)
     monkeypatch.setattr(policy.optimizer, "step", lambda: seen.append(gradient_of(policy)))
@@ -190,13 +190,32 @@ def test_update_is_the_gradient_of_the_stated_loss(policy, trees, rule, tokens, 
 def test_micro_batches(policy, trees, most, monkeypatch):
     """Each turn that has a weight is trained once; a batch is too large only where a single path
     is."""
-    monkeypatch.setattr(policy.config, "micro_batch_tokens", most)
+    monkeypatch.setattr(policy, "micro_batch_tokens", most)
     turns = nodes(trees[0])[1:] + nodes(trees[1])[1:]
     done = []
     for batch, scored in policy.micro_batches(dict.fromkeys(turns, 1.0) | {turns[0]: 0.0}):
         assert len(scored) == 1 or sum(len(node.ids) for node in batch) <= most
         done += scored
     assert done == turns[1:]
+
+
+def test_out_of_memory_halves_the_micro_batches(policy, trees, monkeypatch):
+    """And the gradient stays the same."""
+    credits = [dict.fromkeys(nodes(root)[1:], 1.0) for root in trees]
+    logprobs, seen = policy.logprobs, []
+
+    def failing(nodes, scored):
+        if sum(len(node.ids) for node in nodes) > policy.context:
+            raise torch.OutOfMemoryError
+        return logprobs(nodes, scored)
+    monkeypatch.setattr(policy.optimizer, "step", lambda: seen.append(gradient_of(policy)))
+    monkeypatch.setattr(policy, "micro_batch_tokens", 4 * policy.context)
+    policy.update(credits)
+    monkeypatch.setattr(policy, "logprobs", failing)
+    with pytest.warns(UserWarning, match="halving micro_batch_tokens"):
+        policy.update(credits)
+    assert policy.micro_batch_tokens == policy.context
+    assert relative_error(seen[1], seen[0]) < 1e-4
 
 
 def test_without_contrast_nothing_moves(policy, trees):

@@ -85,7 +85,8 @@ def headline():
         gains = ["{2} ({1})".format(*cells[f"{arm} − grpo, {setting} setting"])
                  for arm in ("trace", "trace-probe")]
         yield f"| {setting} | {cells[f'grpo{at}'][2]} | {' | '.join(gains)} |"
-    yield "| together | | | {2} ({1}) |".format(*cells["trace-probe − grpo, three settings together"])
+    _, num, both, *_ = cells["trace-probe − grpo, three settings together"]
+    yield f"| together | | | {both} ({num}) |"
 
 
 def aims():
@@ -95,8 +96,8 @@ def aims():
     tokens = [cells[f"trace-probe{at}"][6] for at in SETTINGS.values()]
     _, _, both, p, _ = cells["trace-probe − grpo, three settings together"]
     others = [cells[f"trace-probe − {arm}"][2] for arm in ("pcl", "treepo")]
-    yield ("| chosen − grpo at least +2.8 points with an interval above zero, in two of three settings "
-           f"| {', '.join(ends)} |")
+    yield ("| chosen − grpo at least +2.8 points with an interval above zero, in two of three "
+           f"settings | {', '.join(ends)} |")
     yield f"| the three together above zero at 1 % | {both}, p {p if '<' in p else f'= {p}'} |"
     yield f"| GRPO's end after at most 60 % of its tokens | {', '.join(tokens)} |"
     yield f"| not below pcl, nor treepo | {', '.join(others)} |"

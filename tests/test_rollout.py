@@ -1,5 +1,6 @@
 """Episodes from any anchor: what is sampled, recorded, kept in caches and let go."""
 import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -210,6 +211,29 @@ def test_out_of_memory_halves_and_goes_on(fp32, data, usual, monkeypatch):
     assert fp32.cache_tokens == fp32.context and sum(found != usual[1]) <= 1
     for root in roots:
         assert all(node.is_leaf or node.children for node in nodes(root))
+
+
+def test_out_of_memory_lets_go_of_the_cache(fp32, data, monkeypatch):
+    """Bug: half-played turns were cut off before their caches were forgotten. They refer to one
+    another, so the caches lived until Python's collector came by, and memory was short again."""
+    forward, used, alive = fp32.forward, [], []
+
+    def failing(ids, rows, starts, cache):
+        used.append(weakref.ref(cache))
+        if len(used) == 60:
+            raise torch.OutOfMemoryError
+        return forward(ids, rows, starts, cache)
+    monkeypatch.setattr(fp32, "forward", failing)
+    monkeypatch.setattr(fp32, "cache_tokens", fp32.cache_tokens)
+    monkeypatch.setattr("torch.cuda.empty_cache",
+                        lambda: alive.append(sum(ref() is not None for ref in used)))
+    roots = [fp32.root(question, data.env) for question in data.train[:4]]
+    gc.collect()
+    gc.disable()
+    with pytest.warns(UserWarning, match="halving"):
+        grow(fp32, data.env, roots, [3] * 4)
+    gc.enable()
+    assert alive == [0] and any(node.children for node in nodes(roots[0])[1:])
 
 
 def test_one_episode_out_of_memory_is_an_error(fp32, data, monkeypatch, capsys):
