@@ -203,7 +203,7 @@ def our_steps(case, gib=0):
     """-> (sampled tokens per second, peak in MB), in what a card of so many GiB leaves."""
     if gib:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(leaves_bytes(gib) / total)
+        torch.cuda.set_per_process_memory_fraction(left_by(gib) / total)
     return two_steps(case, *still_policy(case))[0], peak_megabytes()
 
 
@@ -256,10 +256,11 @@ def cards(case):
 
 def is_here(gib):
     """Has the card here as much as one of so many GiB leaves?"""
-    return not gib or leaves_bytes(gib) <= torch.cuda.get_device_properties(0).total_memory
+    return not gib or left_by(gib) <= torch.cuda.get_device_properties(0).total_memory
 
 
-def leaves_bytes(gib):
+def left_by(gib):
+    """Bytes for PyTorch on a card of so many GiB."""
     return (gib - TAKEN) * 2 ** 30
 
 

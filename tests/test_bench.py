@@ -6,7 +6,7 @@ import pytest
 from conftest import expanded, fresh_policy, gradient_of
 
 from lab import bench
-from lab.alternatives import by_path, by_tree, plain_react
+from lab.alternatives import PayingEnv, by_path, by_tree, plain_react
 from rollout import grow
 from tree import leaves, nodes, sampled_tokens
 
@@ -37,6 +37,15 @@ def test_every_part_yields_rows(part, monkeypatch):
 
 
 # ---------------------------------------------------------------- the alternatives
+def test_every_second_episode_is_paid(data):
+    """Bug: SmolLM2 earned nothing, so our step had nothing to train, and TRL's had."""
+    env, rewards = PayingEnv(data.env.wiki, 2), []
+    for question in data.train[:4]:
+        first = env.step(env.reset(question), "Search[x]")
+        rewards += [first.reward, env.step(first, "Finish[x]").reward]
+    assert rewards == [0, 1, 0, 0, 0, 1, 0, 0]
+
+
 @pytest.mark.long
 def test_plain_react_plays_the_same_game(data):
     """Mean reward and tokens of 60 episodes: each within five standard errors of the engine's
