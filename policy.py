@@ -203,7 +203,8 @@ class Policy:
                 loss_sum += loss.item()
             return loss_sum
 
-        loss_sum = halving(self, "micro_batch_tokens", work, self.optimizer.zero_grad)
+        longest = max((node.length for node in own), default=0)
+        loss_sum = halving(self, "micro_batch_tokens", longest, work, self.optimizer.zero_grad)
         loss_sum = team().add_up(self.trained, loss_sum)
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM))
         finite = bool(np.isfinite(norm) and np.isfinite(loss_sum))

@@ -63,7 +63,7 @@ def grow(policy, env, anchors, counts, key=(), greedy=False, keep=False, progres
             del anchor.children[count:]
 
     with policy.sampling():
-        rollouts = halving(policy, "cache_tokens", work, undo)
+        rollouts = halving(policy, "cache_tokens", policy.context, work, undo)
     crew.exchange(roots, rollouts)
     for root in roots:
         if not keep or all(child.is_leaf for child in root.children):
@@ -281,5 +281,5 @@ def prefill(policy, roots):
                 forget_caches(some)
 
     with policy.sampling():
-        halving(policy, "cache_tokens", work, lambda: forget_caches(roots))
+        halving(policy, "cache_tokens", policy.context, work, lambda: forget_caches(roots))
     team().exchange_states(roots)

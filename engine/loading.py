@@ -169,7 +169,7 @@ def check_logits(policy):
     logits are; what a wrong attention does is 20 % and more."""
     base, lengths = policy.model.get_base_model(), [35]
     window = getattr(base.config, "sliding_window", None)
-    if window and window < policy.context:
+    if window and 35 + window <= policy.context:
         lengths.append(35 + window)
     for length in lengths:
         places = np.arange(length) % policy.num_words

@@ -92,19 +92,19 @@ def free_bytes(device):
     return most - torch.cuda.memory_allocated(device)
 
 
-def halving(policy, room, work, undo):
+def halving(policy, room, least, work, undo):
     """work(); out of GPU memory, undo() and again with half of the policy's `room`, the name of its
-    cache_tokens or micro_batch_tokens. One episode that does not fit is an error."""
+    cache_tokens or micro_batch_tokens. If even the `least` does not fit, that is an error."""
     while True:
         try:
             return work()
         except torch.OutOfMemoryError:
-            if getattr(policy, room) <= policy.context:
+            if getattr(policy, room) <= least:
                 raise
         # here, since the error held the frames, and they the tensors, of what did not fit
         undo()
         torch.cuda.empty_cache()
-        setattr(policy, room, max(policy.context, getattr(policy, room) // 2))
+        setattr(policy, room, max(least, getattr(policy, room) // 2))
         warnings.warn(f"out of GPU memory: halving {room}, now {getattr(policy, room):,}")
 
 

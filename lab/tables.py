@@ -149,6 +149,7 @@ def table(done, planned=()):
     have."""
     lines = [HEADER]
     first = {}
+    machine = most_common(done)
     for arm, num in Counter(arm for arm, _ in planned or done).items():
         base = first.setdefault(arm.partition("@")[2], arm)
         mine = shared(done, arm)
@@ -157,6 +158,7 @@ def table(done, planned=()):
             continue
         seeds = f"{len(mine)} of {num}" if len(mine) < num else num
         pairs = shared(done, arm, base)
+        minutes = [rows[-1]["minutes"] for [rows] in mine if rows[-1]["hardware"] == machine]
         gains = area_gains = []
         if arm != base:
             gains = sums(pairs, [1, -1], end)
@@ -165,8 +167,14 @@ def table(done, planned=()):
             f"| {arm} | {seeds} | {percent(sums(mine, [1], end))} | "
             f"{percent(sums(mine, [1], area))} | {percent(gains, '+')} | "
             f"{percent(area_gains, '+')} | {tokens_to_reach(pairs)} | {effective_ratio(pairs)} | "
-            f"{np.median([rows[-1]['minutes'] for [rows] in mine]):.1f} |")
+            f"{f'{np.median(minutes):.1f}' if minutes else '–'} |")
     return "\n".join(lines)
+
+
+def most_common(done):
+    """The machine of most runs: minutes of others would not compare with its own."""
+    machines = [rows[-1]["hardware"] for rows in done.values()]
+    return max(dict.fromkeys(machines), key=machines.count, default="")
 
 
 def groups_table(done):
@@ -229,12 +237,11 @@ def report(done, planned=()):
         return table(done, planned)
     ends = [rows[-1] for rows in done.values()]
     num = sorted({f"{row['num_questions']:,}" for row in ends})
-    hardware = sorted({row["hardware"] for row in ends})
     tokens = np.median([row["sampled_tokens"] for row in ends])
     return f"""\
 {round(tokens, -4):,.0f} sampled tokens per run; exact match in %, greedy, on {' or '.join(num)}\
  held-out questions; ± is a 95 % t interval over seeds; minutes of training per run (median);\
- {' and '.join(hardware)}
+ {most_common(done)}
 
 {table(done, planned)}
 

@@ -200,22 +200,28 @@ def test_micro_batches(policy, trees, most, monkeypatch):
 
 
 def test_out_of_memory_halves_the_micro_batches(policy, trees, monkeypatch):
-    """And the gradient stays the same."""
+    """Gradient and loss stay the same: what the batches before had added is gone. A path that does
+    not fit is an error."""
     credits = [dict.fromkeys(nodes(root)[1:], 1.0) for root in trees]
-    logprobs, seen = policy.logprobs, []
+    longest = max(node.length for root in trees for node in nodes(root))
+    logprobs, calls, seen = policy.logprobs, [], []
 
     def failing(nodes, scored):
-        if sum(len(node.ids) for node in nodes) > policy.context:
+        calls.append(nodes)
+        if len(calls) == 2 or len(calls) > 1000:
             raise torch.OutOfMemoryError
         return logprobs(nodes, scored)
     monkeypatch.setattr(policy.optimizer, "step", lambda: seen.append(gradient_of(policy)))
-    monkeypatch.setattr(policy, "micro_batch_tokens", 4 * policy.context)
-    policy.update(credits)
+    monkeypatch.setattr(policy, "micro_batch_tokens", 2 * longest)
+    want = policy.update(credits)["loss"]
     monkeypatch.setattr(policy, "logprobs", failing)
     with pytest.warns(UserWarning, match="halving micro_batch_tokens"):
+        found = policy.update(credits)["loss"]
+    assert len(calls) > 3 and policy.micro_batch_tokens == longest
+    assert relative_error(seen[1], seen[0]) < 1e-4 and found == pytest.approx(want, rel=1e-4)
+    calls.extend([None] * 1000)
+    with pytest.raises(torch.OutOfMemoryError):
         policy.update(credits)
-    assert policy.micro_batch_tokens == policy.context
-    assert relative_error(seen[1], seen[0]) < 1e-4
 
 
 def test_without_contrast_nothing_moves(policy, trees):

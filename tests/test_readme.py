@@ -84,7 +84,8 @@ def headline():
     for setting, at in SETTINGS.items():
         gains = ["{2} ({1})".format(*cells[f"{arm} − grpo, {setting} setting"])
                  for arm in ("trace", "trace-probe")]
-        yield f"| {setting} | {cells[f'grpo{at}'][2]} | {' | '.join(gains)} |"
+        _, num, grpo, *_ = cells[f"grpo{at}"]
+        yield f"| {setting} | {grpo} ({num.split()[0]}) | {' | '.join(gains)} |"
     _, num, both, *_ = cells["trace-probe − grpo, three settings together"]
     yield f"| together | | | {both} ({num}) |"
 

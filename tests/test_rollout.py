@@ -230,9 +230,11 @@ def test_out_of_memory_lets_go_of_the_cache(fp32, data, monkeypatch):
     roots = [fp32.root(question, data.env) for question in data.train[:4]]
     gc.collect()
     gc.disable()
-    with pytest.warns(UserWarning, match="halving"):
-        grow(fp32, data.env, roots, [3] * 4)
-    gc.enable()
+    try:
+        with pytest.warns(UserWarning, match="halving"):
+            grow(fp32, data.env, roots, [3] * 4)
+    finally:
+        gc.enable()
     assert alive == [0] and any(node.children for node in nodes(roots[0])[1:])
 
 
