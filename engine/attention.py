@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tree import full_path
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: 10 ms on an H200
+torch.backends.cuda.enable_cudnn_sdp(False)  # slow where every call has another length
 GROUPED = {"cpu"}  # where SDPA takes fewer key-value heads than heads also with a mask: on CUDA
                    # that is slow, and transformers copies the heads there
 

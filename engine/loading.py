@@ -145,8 +145,8 @@ def check_vocabulary(tokenizer, num_rows, end_ids):
 def steady_context(policy, context):
     """The context, halved until a far position leaves the logits at near ones as they are. Some
     encodings of positions (longrope) are others in a long pass: a path would depend on how long
-    its neighbours are. As many tokens in both passes: bitsandbytes takes other kernels on a GPU
-    from 33 tokens on, which round otherwise."""
+    its neighbours are. As many tokens in both passes: on a GPU, bitsandbytes takes other kernels
+    for more tokens (from 33 on an H200), which round otherwise."""
     near = range(min(32, context // 2))
 
     def logits(last):

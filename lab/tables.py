@@ -158,7 +158,8 @@ def table(done, planned=()):
             continue
         seeds = f"{len(mine)} of {num}" if len(mine) < num else num
         pairs = shared(done, arm, base)
-        minutes = [rows[-1]["minutes"] for [rows] in mine if rows[-1]["hardware"] == machine]
+        times = [rows[-1]["minutes"] for [rows] in mine if rows[-1]["hardware"] == machine]
+        minutes = f"{np.median(times):.1f}" if times else "–"
         gains = area_gains = []
         if arm != base:
             gains = sums(pairs, [1, -1], end)
@@ -167,7 +168,7 @@ def table(done, planned=()):
             f"| {arm} | {seeds} | {percent(sums(mine, [1], end))} | "
             f"{percent(sums(mine, [1], area))} | {percent(gains, '+')} | "
             f"{percent(area_gains, '+')} | {tokens_to_reach(pairs)} | {effective_ratio(pairs)} | "
-            f"{f'{np.median(minutes):.1f}' if minutes else '–'} |")
+            f"{minutes} |")
     return "\n".join(lines)
 
 
@@ -214,8 +215,9 @@ def differences(done, contrasts):
     for words, name, ends, areas in contrasted(done, contrasts):
         later = "– | –"
         if name == "eval_em":  # the endpoints
-            p = sign_flip(ends) if min(map(len, ends)) > 1 else np.nan
-            p = "–" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+            p = "–"
+            if min(map(len, ends)) > 1:
+                p = f"{sign_flip(ends):.3f}".replace("0.000", "< 0.001")
             later = f"{p} | {points(areas)}"
         lines.append(f"| {words} | {sum(map(len, ends))} | {points(ends)} | {later} |")
     return "\n".join(lines)

@@ -7,7 +7,8 @@ from conftest import assert_refused
 
 import lab.compare
 from engine.tell import LAPS
-from lab.compare import arms_of, main, spread
+from lab.compare import RECORDED, arms_of, main, spread
+from lab.tables import read_rows
 from trace_mini import Config, parse_config
 
 
@@ -46,7 +47,8 @@ def test_an_arm_is_what_differs_but_for_the_seed():
 
 def test_one_seed_is_said_to_prove_nothing_and_many_to_prove_something(made, capsys):
     std, num = spread()
-    assert 0.01 < std < 0.05 and num >= 10
+    seeds = {row["seed"] for row in read_rows(RECORDED) if row["arm"] == "grpo"}
+    assert 0.01 < std < 0.05 and num == len(seeds) >= 10
     one = made("a", "--method grpo", 0.60), made("b", "", 0.64)
     assert main(one) == 0 and (lab.compare.HERE / "runs" / "compare.png").stat().st_size > 9000
     said = capsys.readouterr().out
