@@ -55,7 +55,8 @@ def test_two_runs_never_share_a_folder(tmp_path):
     ("--model a/b --hop-mix 1,2", "trace-toy-s0-model-b-hop-mix-1,2"),
     ("--eval-only", "eval-toy-s0"),
     ("--model " + 300 * "ж", "trace-toy-s0-model-" + 40 * "ж")])
-def test_a_folder_is_named_after_what_is_not_at_its_default(words, name):
+def test_a_folder_is_named_after_what_is_not_at_its_default(words, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run has taken the name
     assert free_folder(parse_config(words.split())) == Path("runs", name)
 
 
