@@ -4,7 +4,8 @@ TRACE decides where in a forest of agent rollouts the next sample is worth most.
 below is its loop body, numbered like the method. Simplified, or chosen where the paper is silent:
 
  1. Sampling and update take turns, on one GPU or two CPU cores. Processes can share a step.
- 2. The predictor is a linear layer on the policy's own hidden states (paper: not public).
+ 2. The paper names the predictor's loss, not its network. --method trace has a linear layer with
+    that loss, on the policy's hidden states; the default, beyond the paper, a logistic probe.
  3. A turn's advantage is (V̂(turn) − V̂(root)) / std. A turn that rollouts share is trained once.
  4. One update per batch, on-policy: no ratio to clip, no KL term. The learning rate decays.
  5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).
@@ -12,7 +13,7 @@ below is its loop body, numbered like the method. Simplified, or chosen where th
 
 Examples:
   python trace_mini.py --method grpo --seed 1
-  python trace_mini.py --resume runs/trace-toy-s0 --steps 60
+  python trace_mini.py --resume runs/trace-probe-toy-s0 --steps 60
   python trace_mini.py --model Qwen/Qwen2.5-0.5B-Instruct --data hotpot.json
 """
 import sys
@@ -78,7 +79,7 @@ class Config:
     model: str = dial("tiny", "basic", "tiny (in the box), a hub id, a folder, a .gguf file")
     data: str = dial("toy", "basic", "toy, or a file: HotpotQA, 2WikiMultihopQA, MuSiQue")
     eval_data: str = dial("", "basic", "file to evaluate on (default: a fifth of --data)")
-    method: str = dial("trace", "basic", "which arm", choices=ARMS)
+    method: str = dial("trace-probe", "basic", "which arm", choices=ARMS)
     steps: int = dial(40, "basic", "training steps", free=True)
     budget: int = dial(8000, "basic", "tokens sampled per step", 1)
     seed: int = dial(0, "basic", "of everything that is random")

@@ -122,7 +122,7 @@ def settled():
 
 def trim_memory():
     """Give the last step's memory back. Trees are cycles of references, which Python frees late,
-    and glibc keeps the pieces: without this the default run grew by 15 MB a step."""
+    and glibc keeps the pieces: without this a run grew by 15 MB a step."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:

@@ -126,7 +126,7 @@ class PayingEnv(ReActEnv):
 def still_policy(case):
     """-> (policy, data). At learning rate 0 the policy stays what it is. What no warm start has
     taught would earn nothing."""
-    config = Config(learning_rate=0.0, **case.dials)
+    config = Config(method="trace", learning_rate=0.0, **case.dials)
     data, kind = load_data(config), ReActEnv if case.name == "tiny" else PayingEnv
     return load_policy(config), data._replace(env=kind(data.env.wiki, case.max_turns))
 

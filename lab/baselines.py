@@ -1,4 +1,4 @@
-"""Predictors that the head has to beat, for lab/score_predictor.py."""
+"""Predictors that head and probe have to beat, for lab/score_predictor.py."""
 import numpy as np
 import torch
 

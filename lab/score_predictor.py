@@ -45,7 +45,7 @@ from world.questions import load_data
 
 HALF = 16      # continuations of an anchor that are the truth, and as many for "truth"
 BATCH = 8      # anchors whose continuations are sampled between two moves of the bar
-PER_ROOT = 2   # rollouts per candidate prompt in J, near what the default budget buys
+PER_ROOT = 2   # rollouts per candidate prompt in J, as with a pool of 32
 SHUFFLES = 8   # J is a mean over random orders of the anchors: a constant has only ties
 FEWEST = 5     # anchors of a bin that is drawn: the mean truth of fewer is noise
 MORE_LABELS = 10  # times as many prompts teach the ceiling

@@ -57,9 +57,9 @@ def test_development_shares_neither_seeds_nor_questions_with_what_is_reported():
 def test_hash_knows_dials_weights_and_world_and_nothing_else(tmp_path):
     base = made_with(Config())
     assert base == made_with(Config(seed=3, out="x", show_tree=True, checkpoint_every=1))
-    assert base == made_with(Config(method="trace", root_rule="trace")), "two spellings"
-    assert made_with(Config(method="trace-probe")) == made_with(
-        Config(predictor="probe", pool_size=96)) != base
+    assert base == made_with(Config(method="trace-probe", root_rule="trace")), "two spellings"
+    assert base == made_with(Config(method="trace", predictor="probe", pool_size=96)) != made_with(
+        Config(method="trace"))
     assert HOW <= vars(Config()).keys()
     shutil.copytree(HERE / "world" / "tiny", tmp_path / "model")
     copy = Config(model=str(tmp_path / "model"))

@@ -39,10 +39,10 @@ def test_an_arm_is_what_differs_but_for_the_seed():
     flags = ("--method grpo", "--method grpo --seed 3", "--learning-rate 1e-3 --out x",
              "--learning-rate 1e-3 --pool-size 8")
     names, differing = arms_of([parse_config(words.split()) for words in flags])
-    assert names == ["grpo", "grpo", "trace --learning-rate 0.001",
-                     "trace --learning-rate 0.001 --pool-size 8"]
+    assert names == ["grpo", "grpo", "trace-probe --learning-rate 0.001",
+                     "trace-probe --learning-rate 0.001 --pool-size 8"]
     assert set(differing) == {"--method", "--learning-rate", "--pool-size"}
-    assert arms_of([Config(), Config(seed=1)]) == (["trace", "trace"], {})
+    assert arms_of([Config(), Config(seed=1)]) == (["trace-probe", "trace-probe"], {})
 
 
 def test_one_seed_is_said_to_prove_nothing_and_many_to_prove_something(made, capsys):
@@ -52,8 +52,8 @@ def test_one_seed_is_said_to_prove_nothing_and_many_to_prove_something(made, cap
     one = made("a", "--method grpo", 0.60), made("b", "", 0.64)
     assert main(one) == 0 and (lab.compare.HERE / "runs" / "compare.png").stat().st_size > 9000
     said = capsys.readouterr().out
-    assert "trace − grpo: +4.0" in said and "1 shared seed(s), which may be luck" in said
-    assert "| --method | grpo | trace |" in said
+    assert "trace-probe − grpo: +4.0" in said and "1 shared seed(s), which may be luck" in said
+    assert "| --method | grpo | trace-probe |" in said
     more = [*one]
     for seed in range(1, 6):
         more += made(f"a{seed}", f"--method grpo --seed {seed}", 0.6 + seed / 100), \

@@ -36,7 +36,7 @@ def test_run_folder(finished):
     assert ["eval_em" in row for row in rows] == [False, True, True]
     scored = [json.loads(line)["num_questions"] for line in open(finished / "evals.jsonl")]
     assert scored == [8, 8, 10]
-    assert json.loads((finished / "config.json").read_text())["method"] == "trace"
+    assert json.loads((finished / "config.json").read_text())["method"] == "trace-probe"
     assert (finished / "curve.png").stat().st_size > 1000
     predictions = json.loads((finished / "predictions.json").read_text())
     assert set(predictions) == {"answer", "sp", "evidence"} and len(predictions["answer"]) == 10
@@ -50,11 +50,11 @@ def test_two_runs_never_share_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("words, name", [
-    ("", "trace-toy-s0"), ("--method grpo --seed 4 --show-tree --steps 3", "grpo-toy-s4"),
-    ("--learning-rate 1e-3 --no-4bit", "trace-toy-s0-learning-rate-0.001-no-4bit"),
-    ("--model a/b --hop-mix 1,2", "trace-toy-s0-model-b-hop-mix-1,2"),
+    ("", "trace-probe-toy-s0"), ("--method grpo --seed 4 --show-tree --steps 3", "grpo-toy-s4"),
+    ("--learning-rate 1e-3 --no-4bit", "trace-probe-toy-s0-learning-rate-0.001-no-4bit"),
+    ("--model a/b --hop-mix 1,2", "trace-probe-toy-s0-model-b-hop-mix-1,2"),
     ("--eval-only", "eval-toy-s0"),
-    ("--model " + 300 * "ж", "trace-toy-s0-model-" + 40 * "ж")])
+    ("--model " + 300 * "ж", "trace-probe-toy-s0-model-" + 37 * "ж")])
 def test_a_folder_is_named_after_what_is_not_at_its_default(words, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no run has taken the name
     assert free_folder(parse_config(words.split())) == Path("runs", name)
@@ -78,7 +78,7 @@ def test_the_card_of_an_adapter_tells_base_command_and_scores(finished):
     known = {"config": {"model": "/a/secret/base"}, "command": "x"}
     assert "for base" in (card := model_card(finished, known)) and "secret" not in card
     command = command_of(parse_config(["--data", str(finished / "config.json")]))
-    assert command == "python trace_mini.py --method trace --data config.json"
+    assert command == "python trace_mini.py --method trace-probe --data config.json"
 
 
 def test_predicted_and_bare_effective_ratio_are_of_the_same_groups(quick):
@@ -258,7 +258,7 @@ def test_resume_refuses_what_would_make_another_run(finished, capsys):
     assert_refused(main, [*run, "--context=99"], "only --cache-tokens, --checkpoint-every, "
                    "--eval-only, --micro-batch-tokens, --save-trees, --show-tree, --steps may",
                    capsys)
-    more = f"--steps 9 --budget 300 --method trace --cache-tokens 999 --out {finished}"
+    more = f"--steps 9 --budget 300 --method trace-probe --cache-tokens 999 --out {finished}"
     config = parse_config([*run, *more.split()])
     assert (config.steps, config.budget, config.cache_tokens) == (9, 300, 999)
 
