@@ -11,7 +11,7 @@ import pytest
 
 import allocator
 from engine.command_line import flag_of
-from lab.tables import read_rows
+from lab.tables import by_run, end, percent, read_rows, shared, sums
 from trace_mini import HERE, Config, main, parse_config
 
 PAGES = {name: (HERE / name).read_text()
@@ -159,6 +159,15 @@ def course():
 def test_every_measured_number_is_that_of_its_file(lines, page):
     table = "\n".join(lines())
     assert table and f"---|\n{table}\n" in page, table
+
+
+def test_the_gain_on_cpus_alone_is_that_of_its_rows():
+    done = by_run(row for row in read_rows(HERE / "results" / "main.csv")
+                  if "CPU" in row["hardware"])
+    pairs = [shared(done, f"trace-probe{at}", f"grpo{at}") for at in SETTINGS.values()]
+    first, second, hard = (percent(sums(groups, [1, -1], end), "+") for groups in pairs)
+    assert {len(groups) for groups in pairs} == {17}
+    assert f"trace-probe − grpo is {first}, {second} and {hard}." in EVIDENCE
 
 
 def test_the_real_run_is_that_of_its_files():
