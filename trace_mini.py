@@ -5,7 +5,7 @@ below is its loop body, numbered like the method. Simplified, or chosen where th
 
  1. Sampling and update take turns, on one GPU or two CPU cores. Processes can share a step.
  2. The paper names the predictor's loss, not its network. --method trace has a linear layer with
-    that loss, on the policy's hidden states; the default, beyond the paper, a logistic probe.
+    that loss, on the policy's hidden states; the default a logistic regression.
  3. A turn's advantage is (V̂(turn) − V̂(root)) / std. A turn that rollouts share is trained once.
  4. One update per batch, on-policy: no ratio to clip, no KL term. The learning rate decays.
  5. The budget of a step is in sampled tokens; the paper counts rollouts (M, N).

@@ -193,7 +193,7 @@ def update(case, name, policy, trees, split):
 def two_steps(case, policy, data):
     """-> (sampled tokens per second, trees and metrics of the second step)"""
     state = State.begin(policy.config, data, case.episode_tokens)
-    predictor = PREDICTORS["head"](policy, data.env, 0)
+    predictor = PREDICTORS[policy.config.predictor](policy, data.env, 0)
     start = time.perf_counter()
     for _ in range(2):
         trees, metrics = train_step(policy.config, state, policy, predictor, data)
