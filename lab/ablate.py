@@ -3,7 +3,7 @@
 Every run is a `python trace_mini.py` of its own, in a folder under runs/ablate. Ctrl-C lets the
 runs save; after it, or after a kill, the same command goes on. A finished run becomes one row per
 evaluation in results/PRESET.csv. What stands there, or was made alike for another preset, is not
-run again. (Those of the preset quick stay in runs/ablate, those of the tuning in
+run again. (Those of the preset quick stay in runs/ablate, those of tuning and longer in
 results/development.) results/PROTOCOL.md says what decides.
 
 `made_with` is a hash of the dials that are not at their default, the weights and the world. Rows
@@ -46,6 +46,7 @@ LONG = ("--steps 40 --budget 8000 --eval-questions "
         "0:250,20:250,40:250,60:250,80:1000,90:1000,100:1000")
 FIRST_SEED = 100
 DEV = 1000  # --dev: seeds from here on, and this wiki, which are never reported
+DEV_PRESETS = {"tuning", "longer"}  # always run like that
 TRANSFERS = {"wiki": "--wiki-seed 2",  # questions that a trained policy is asked without training
              "hops": "--hop-mix 0,0,0,0,50,50"}
 SETTINGS = {"second": "--model tiny2 --wiki-seed 1",  # another wiki and warm start
@@ -100,6 +101,8 @@ tuning     grpo-group4        4  --method grpo --group-size 4 --learning-rate 2.
 tuning     treepo-group6      4  --method treepo --group-size 6 --learning-rate 4e-3
 tuning     trace-pool96       4  --method trace --pool-size 96 --learning-rate 2.7e-3
 tuning     pcl-group4         4  --method pcl --predictor probe --group-size 4 --learning-rate .0027
+longer     grpo-longer        4  --method grpo --steps 80
+longer     trace-probe-longer 4  --method trace-probe --steps 80
 """.splitlines():
     preset, arm, num_seeds, flags = line.split(maxsplit=3)
     PRESETS.setdefault(preset, {})[arm] = int(num_seeds), flags
@@ -234,8 +237,10 @@ def collect(run, jobs):
 
 # ---------------------------------------------------------------- command line
 def file_of(preset):
-    folders = {"quick": RUNS, "tuning": RESULTS / "development"}
-    return folders.get(preset, RESULTS) / f"{preset}.csv"
+    folder = RUNS if preset == "quick" else RESULTS
+    if preset in DEV_PRESETS:
+        folder = RESULTS / "development"
+    return folder / f"{preset}.csv"
 
 
 def gather(runs, file):
@@ -312,7 +317,7 @@ def command(args):
     file = file_of(args.preset)
     if args.dev or args.flags:
         file = RUNS / f"{args.preset}-tried.csv"
-    runs = plan(args.preset, args.flags, args.dev or args.preset == "tuning")
+    runs = plan(args.preset, args.flags, args.dev or args.preset in DEV_PRESETS)
     done, planned = gather(runs, file), [(run.arm, run.seed) for run in runs]
     if args.table:
         return print(report(done, planned))
