@@ -106,6 +106,21 @@ def aims():
            f"| {cells['trace-probe@hard'][7]}; of grpo {cells['grpo@hard'][7]} |")
 
 
+def bounds():
+    """Lines of the table of what bounds the gain."""
+    cells, known = recorded(), json.loads((HERE / "results" / "headroom-first.json").read_text())
+    yield ("| headroom of stage 1 | mixed groups of the exact optimum / of equal groups (first) | "
+           f"{known['roots_2']:.2f} |")
+    for suspect, line, setting in (
+            ("choice of questions", "active − uniform roots (mean of both prefixes)", "first"),
+            ("choice of turns", "active − random prefixes (mean of both roots)", "first"),
+            ("prediction", "oracle − trace-probe, hard setting", "hard"),
+            ("credit", "merged − probe", "development"),
+            ("credit", "fork − probe", "development")):
+        words = line.partition(" (")[0].removesuffix(f", {setting} setting")
+        yield f"| {suspect} | {words} ({setting}) | {cells[line][2]} points |"
+
+
 def headroom():
     """Lines of the table of headroom, from results/headroom-NAME.json."""
     for name in SETTINGS:
@@ -153,21 +168,26 @@ def course():
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("lines, page", [(headline, README), (aims, EVIDENCE), (headroom, EVIDENCE),
-                                         (speed, EVIDENCE), (predictors, EVIDENCE),
-                                         (course, EVIDENCE)])
+@pytest.mark.parametrize("lines, page", [(headline, README), (aims, EVIDENCE), (bounds, EVIDENCE),
+                                         (headroom, EVIDENCE), (speed, EVIDENCE),
+                                         (predictors, EVIDENCE), (course, EVIDENCE)])
 def test_every_measured_number_is_that_of_its_file(lines, page):
     table = "\n".join(lines())
     assert table and f"---|\n{table}\n" in page, table
 
 
-def test_the_gain_on_cpus_alone_is_that_of_its_rows():
+def test_intervals_in_the_text_are_those_of_tables_and_the_gain_on_cpus_of_its_rows():
     done = by_run(row for row in read_rows(HERE / "results" / "main.csv")
                   if "CPU" in row["hardware"])
     pairs = [shared(done, f"trace-probe{at}", f"grpo{at}") for at in SETTINGS.values()]
     first, second, hard = (percent(sums(groups, [1, -1], end), "+") for groups in pairs)
     assert {len(groups) for groups in pairs} == {17}
     assert f"trace-probe − grpo is {first}, {second} and {hard}." in EVIDENCE
+    lines = EVIDENCE.split("\n## The first protocol")[0].split("\n")
+    told, tables = ("\n".join(line for line in lines if line.startswith("|") == is_table)
+                    for is_table in (False, True))
+    intervals = set(re.findall(r"\d+\.\d ± \d+\.\d", told))
+    assert intervals <= set(re.findall(r"\d+\.\d ± \d+\.\d", f"{tables} {first} {second} {hard}"))
 
 
 def test_the_real_run_is_that_of_its_files():
