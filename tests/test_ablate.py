@@ -54,6 +54,15 @@ def test_development_shares_neither_seeds_nor_questions_with_what_is_reported():
     assert not {q.id for q in ours.eval} & {q.id for q in theirs.eval + theirs.train}
 
 
+@pytest.mark.parametrize("preset", ["tuning", "longer"])
+def test_presets_of_development_take_its_seeds_and_wiki(preset, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ablate, "gather", lambda runs, file: seen.extend(runs) or {})
+    main(["--preset", preset, "--table"])
+    assert {run.seed for run in seen} == {1000, 1001, 1002, 1003}
+    assert {run.config.wiki_seed for run in seen} == {1000}
+
+
 def test_hash_knows_dials_weights_and_world_and_nothing_else(tmp_path):
     base = made_with(Config())
     assert base == made_with(Config(seed=3, out="x", show_tree=True, checkpoint_every=1))

@@ -87,7 +87,7 @@ def headline():
         _, num, grpo, *_ = cells[f"grpo{at}"]
         yield f"| {setting} | {grpo} ({num.split()[0]}) | {' | '.join(gains)} |"
     _, num, both, *_ = cells["trace-probe − grpo, three settings together"]
-    yield f"| together | | | {both} ({num}) |"
+    yield f"| together | | | {both} ({int(num) // 3} in each) |"
 
 
 def aims():
