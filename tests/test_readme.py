@@ -116,14 +116,16 @@ def bounds():
             ("choice of turns", "active − random prefixes (mean of both roots)", "first"),
             ("prediction", "oracle − trace-probe, hard setting", "hard"),
             ("credit", "merged − probe", "development"),
-            ("credit", "fork − probe", "development")):
+            ("credit", "fork − probe", "development"),
+            ("optimisation", "grpo with twice the steps − grpo", "development"),
+            ("optimisation", "probe with twice the steps − probe", "development")):
         words = line.partition(" (")[0].removesuffix(f", {setting} setting")
         yield f"| {suspect} | {words} ({setting}) | {cells[line][2]} points |"
 
 
 def headroom():
     """Lines of the table of headroom, from results/headroom-NAME.json."""
-    for name in SETTINGS:
+    for name in (*SETTINGS, "trained"):
         found = json.loads((HERE / "results" / f"headroom-{name}.json").read_text())
         stage_1 = " / ".join(f"{found[f'roots_{number}']:.2f}" for number in (2, 4, 8))
         yield (f"| {name} | {100 * found['dead']:.0f} % | {100 * found['mastered']:.0f} % | "
