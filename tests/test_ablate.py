@@ -55,9 +55,14 @@ def test_development_shares_neither_seeds_nor_questions_with_what_is_reported():
 
 
 @pytest.mark.parametrize("preset", ["tuning", "longer"])
-def test_presets_of_development_take_its_seeds_and_wiki(preset, monkeypatch):
+def test_presets_of_development_take_its_seeds_and_wiki_and_folder(preset, monkeypatch):
     seen = []
-    monkeypatch.setattr(ablate, "gather", lambda runs, file: seen.extend(runs) or {})
+
+    def gather(runs, file):
+        assert file == HERE / "results" / "development" / f"{preset}.csv"
+        seen.extend(runs)
+        return {}
+    monkeypatch.setattr(ablate, "gather", gather)
     main(["--preset", preset, "--table"])
     assert {run.seed for run in seen} == {1000, 1001, 1002, 1003}
     assert {run.config.wiki_seed for run in seen} == {1000}

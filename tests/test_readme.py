@@ -188,8 +188,31 @@ def test_intervals_in_the_text_are_those_of_tables_and_the_gain_on_cpus_of_its_r
     lines = EVIDENCE.split("\n## The first protocol")[0].split("\n")
     told, tables = ("\n".join(line for line in lines if line.startswith("|") == is_table)
                     for is_table in (False, True))
-    intervals = set(re.findall(r"\d+\.\d ± \d+\.\d", told))
-    assert intervals <= set(re.findall(r"\d+\.\d ± \d+\.\d", f"{tables} {first} {second} {hard}"))
+    signed = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", f"{tables} {first} {second} {hard}")
+    assert set(re.findall(r"[+-]?\d+\.\d ± \d+\.\d", told.replace("−", "-"))) <= {
+        *signed, *(number.lstrip("+-") for number in signed)}
+
+
+def test_the_text_says_the_right_lines_of_the_tables():
+    cells, told = recorded(), " ".join(EVIDENCE.replace("−", "-").split())
+    of = {words.replace("trace-probe − grpo", "gain"): line[2] for words, line in cells.items()
+          if len(line) > 2}
+    shares = [cells[f"trace-probe{at}"][6].removesuffix(" %") for at in SETTINGS.values()]
+    kind, hops = "questions of kind comparison", "questions of 3 hops"
+    for words in (
+            "{}, {} and {} % of GRPO's tokens".format(*shares),
+            f"disagree: {of[f'gain, {hops}']}, {of[f'gain, second setting, {hops}']} and "
+            f"{of[f'gain, hard setting, {hops}']}.",
+            f"in the first setting ({of[f'gain, {kind}']}) and",
+            f"on the third wiki ({of[f'gain on a third wiki, {kind}']}). In the second setting it "
+            f"is {of[f'gain, second setting, {kind}']}, in *hard* "
+            f"{of[f'gain, hard setting, {kind}']}.",
+            f"active roots ({of[f'active − uniform roots, {kind}']}) and not with active prefixes "
+            f"({of[f'active − random prefixes, {kind}']})",
+            f"with twice the tokens it is {of['probe − grpo, both with twice the steps']}, with "
+            f"once, on the same seeds, {of['probe − grpo, both with once, first mix']}; it changes "
+            f"by {of['what twice the steps add to probe − grpo']}."):
+        assert words in told
 
 
 def test_the_real_run_is_that_of_its_files():
