@@ -186,7 +186,7 @@ def test_intervals_in_the_text_are_those_of_tables_and_the_gain_on_cpus_of_its_r
     assert {len(groups) for groups in pairs} == {17}
     assert f"trace-probe − grpo is {first}, {second} and {hard}." in EVIDENCE
     lines = EVIDENCE.split("\n## The first protocol")[0].split("\n")
-    told, tables = ("\n".join(line for line in lines if line.startswith("|") == is_table)
+    told, tables = (" ".join(line.strip() for line in lines if line.startswith("|") == is_table)
                     for is_table in (False, True))
     signed = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", f"{tables} {first} {second} {hard}")
     assert set(re.findall(r"[+-]?\d+\.\d ± \d+\.\d", told.replace("−", "-"))) <= {
